@@ -1,0 +1,1089 @@
+"""What the method scripts share: processes, data, augmentation, networks, evaluation, runs. No method lives here.
+
+Sections, in the order of an experiment:
+
+    Processes       torchrun's environment, collectives, how a user's mistake ends
+    Command line    the words that mean the same in every script
+    Data            a folder in ImageNet's layout, torchvision's small sets, drawn shapes
+    Augmentation    MoCo v2's random views: geometry where the images are, colour on the device over the batch
+    Loading         batches that are the same for any number of processes and workers
+    Networks        torchvision's networks and CIFAR ResNets as backbones, heads, teacher files
+    Evaluation      features of a frozen backbone, k-NN
+    Runs            a run's folder: configuration, log, pictures, checkpoints, resume
+"""
+
+import argparse
+import difflib
+import json
+import math
+import os
+import pickle
+import platform
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision.transforms.v2 import functional as TF
+from tqdm import tqdm
+
+# ------------------------------------------------------------------------------------------------------------ Processes
+
+
+class UserError(Exception):
+    """A mistake of the user, told in one line that names the thing and the way out.
+
+    Every process meets the same mistake and rank 0 alone prints it; with `local`, only this process met it and prints.
+    """
+
+    def __init__(self, message, local=False):
+        super().__init__(message)
+        self.local = local
+
+
+def rank():
+    """Number of this process, from 0."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size():
+    """Number of processes that train together; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def run_script(main):
+    """Call `main()`; a `UserError` ends it with exit code 2 and one line, Ctrl-C with 130."""
+    try:
+        main()
+    except UserError as error:
+        if rank() == 0 or error.local:
+            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        if rank() == 0:
+            print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def init_processes(seed):
+    """Join torchrun's processes (NCCL on CUDA, gloo on the CPU), seed the networks' initialisation, return the device.
+
+    All processes take the same seed, so they build the same networks and queue without exchanging them.
+    """
+    cuda = torch.cuda.is_available()
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if cuda and local_rank >= torch.cuda.device_count():
+        raise UserError(f"{local_rank + 1} processes on {torch.cuda.device_count()} GPUs: lower --nproc_per_node", True)
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+    if world_size() > 1:
+        dist.init_process_group("nccl" if cuda else "gloo")
+    torch.manual_seed(seed)
+    return device
+
+
+def gather(x):
+    """Concatenate every process's (N, ...) tensor in the order of ranks: (world_size * N, ...). No gradient flows."""
+    if world_size() == 1:
+        return x
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+def shuffle(x):
+    """Deal the global batch out over the processes like cards, for shuffled BatchNorm (MoCo, section 3.3).
+
+    The key encoder then normalises each image among other companions than the query encoder did, so that batch
+    statistics cannot give the positive pair away. The batch is in random order already: dealing needs no random
+    numbers, hence nothing to restore on resume. x: (N, ...) of this process; returns (N, ...).
+    """
+    return gather(x)[rank() :: world_size()] if world_size() > 1 else x
+
+
+def unshuffle(x):
+    """Undo `shuffle` and gather: (N, ...) of this process -> (world_size * N, ...) in the order of the global batch."""
+    if world_size() == 1:
+        return x
+    return gather(x).unflatten(0, (world_size(), len(x))).transpose(0, 1).flatten(0, 1)
+
+
+def local_share(x):
+    """This process's rows of a tensor or array over the global batch: (B, ...) -> (B / world_size, ...)."""
+    share = len(x) // world_size()
+    return x[rank() * share : (rank() + 1) * share]
+
+
+# --------------------------------------------------------------------------------------------------------- Command line
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, printed by one process."""
+
+    def error(self, message):
+        raise UserError(message)
+
+
+def number(kind, low, high=math.inf, *, open_below=False):
+    """Type of an argument that is an int or a float from low to high (low excluded with `open_below`)."""
+
+    def parse(text):
+        value = kind(text)
+        if not (low < value if open_below else low <= value) or not value <= high or value == math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not {'above' if open_below else 'at least'} {low}"
+                                             + f" and at most {high}" * (high < math.inf))  # fmt: skip
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it where the text is no number
+    return parse
+
+
+positive_int = number(int, 1)
+positive_float = number(float, 0, open_below=True)
+fraction = number(float, 0, 1)
+
+
+def common_parser(script, docstring, *, epochs, batch_size, lr, weight_decay):
+    """Parser with the arguments that mean the same in every script; the method's own defaults come in as keywords."""
+    parser = Parser(description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data", help=f"folder with train/ and val/, one folder a class in each (default data/imagenet), or one of "
+        f"{', '.join(SMALL_SETS)}, or shapes[:COUNT], images drawn by the program")  # fmt: skip
+    add("--data-root", default="data", help="where torchvision keeps or puts the small sets (default %(default)s)")
+    add("--image-size", type=positive_int, help="pixels (default 224 for a folder, 96 for stl10, else 32)")
+    add("--epochs", type=positive_int, default=epochs, help="default %(default)s, the paper's")
+    add("--max-steps", type=positive_int, help="stop after so many steps; the schedule still follows --epochs")
+    add("--batch-size", type=positive_int, default=batch_size, help="over all processes (default %(default)s)")
+    add("--weight-decay", type=number(float, 0), default=weight_decay, help="default %(default)s, the paper's")
+    if lr is not None:
+        add("--lr", type=positive_float, default=lr, help="learning rate (default %(default)s, for the default batch)")
+    add("--seed", type=number(int, 0), default=0, help="of initial weights, order and augmentation (default %(default)s)")
+    add("--workers", type=number(int, 0), default=8, help="decoding processes a GPU, for folders (default %(default)s)")
+    add("--out", default=f"runs/{script}", help="the run's folder (default %(default)s)")
+    add("--amp", choices=list(AMP), default="off", help="mixed precision (default %(default)s, as in the papers)")
+    add("--compile", action="store_true", help="torch.compile the networks")
+    add("--tensorboard", action="store_true", help="write TensorBoard events too (needs the package tensorboard)")
+    return parser
+
+
+# ----------------------------------------------------------------------------------------------------------------- Data
+
+SMALL_SETS = ("cifar10", "cifar100", "stl10", "fashion_mnist")
+Job = namedtuple("Job", "indices views uniforms")  # a batch to make: images, how, and with which random numbers
+
+
+class ArrayDataset:
+    """A small set as one uint8 tensor (N, 3, H, W) on the training device: a batch is cropped there in one go."""
+
+    in_memory = True
+
+    def __init__(self, images, labels, num_classes, device):
+        self.images = images.to(device)
+        self.labels = torch.as_tensor(labels, dtype=torch.long, device=device)
+        self.num_classes = num_classes
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, job):
+        """Views of a `Job`: a list of float tensors (n, 3, size, size) in [0, 1], and the labels (n,)."""
+        indices = torch.from_numpy(job.indices).to(self.images.device)
+        images = self.images[indices].float().div_(255)
+        height, width = images.shape[2:]
+        whole = np.tile([0, 0, height, width], (len(images), 1))
+        out = []
+        for i, view in enumerate(job.views):
+            if view.scale is None:
+                boxes, flips = whole, np.zeros(len(images), dtype=bool)
+            else:
+                boxes, flips = crop_boxes(job.uniforms[i], height, width, view.scale), flip_coins(job.uniforms[i])
+            out.append(crop_and_resize(images, boxes, flips, view.size))
+        return out, self.labels[indices]
+
+
+class FolderDataset:
+    """Image files in ImageNet's layout, ROOT/CLASS/*.jpg: decoded and cropped in workers, as uint8 all the way."""
+
+    in_memory = False
+
+    def __init__(self, root):
+        try:
+            found = torchvision.datasets.ImageFolder(root)
+        except (OSError, FileNotFoundError) as error:
+            raise UserError(f"{root}: {str(error).splitlines()[0]}") from None
+        # One array of bytes: a list of 1.3 million strings would be copied page by page into every worker.
+        self.paths = np.array([os.fsencode(path) for path, _ in found.samples])
+        self.labels = torch.tensor(found.targets)
+        self.classes = found.classes
+        self.num_classes = len(found.classes)
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, job):
+        """Views of a `Job`: a list of uint8 tensors (n, 3, size, size), and the labels (n,)."""
+        shape = (len(job.indices), 3)
+        out = [torch.empty(*shape, view.size, view.size, dtype=torch.uint8) for view in job.views]
+        for n, index in enumerate(job.indices):
+            try:
+                image = read_image(os.fsdecode(self.paths[index]))
+            except UserError as error:
+                return error  # raised in the main process: through a worker it would come as a traceback
+            for i, view in enumerate(job.views):
+                uniforms = None if view.scale is None else job.uniforms[i, n : n + 1]
+                out[i][n] = crop_image(image, view, uniforms)
+        return out, self.labels[job.indices]
+
+
+def read_image(path):
+    """Decode any image file to uint8 RGB (3, H, W): grey, palette, CMYK and transparent ones too."""
+    try:
+        return torchvision.io.decode_image(path, mode="RGB")
+    except (RuntimeError, AttributeError):  # another format, a broken file, or a torchvision that decodes no more
+        try:
+            return TF.pil_to_tensor(Image.open(path).convert("RGB"))
+        except (OSError, SyntaxError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"unreadable image {path} ({reason}): repair or remove it", local=True) from None
+
+
+def crop_image(image, view, uniforms):
+    """One view of one uint8 image (3, H, W), by torchvision: random crop and flip, or the centre crop of evaluation."""
+    height, width = image.shape[1:]
+    if uniforms is None:  # shorter side to 256 where the crop is 224, the protocol of every paper here
+        resized = TF.resize(image, [round(view.size * 256 / 224)], antialias=True)
+        return TF.center_crop(resized, [view.size, view.size])
+    ((top, left, box_height, box_width),) = crop_boxes(uniforms, height, width, view.scale).tolist()
+    crop = TF.resized_crop(image, top, left, box_height, box_width, [view.size, view.size], antialias=True)
+    return TF.horizontal_flip(crop) if flip_coins(uniforms).item() else crop
+
+
+def load_dataset(data, data_root, split, device, image_size=None):
+    """Open one split of a data set and return (dataset, image size in pixels).
+
+    data: a folder, a name of `SMALL_SETS`, "shapes" or "shapes:COUNT"; None stands for data/imagenet.
+    split: "pretrain" (all images that a method may see without labels), "train" or "val".
+    """
+    data = data or "data/imagenet"
+    if data.partition(":")[0] == "shapes":
+        size = image_size or 32
+        images, labels = draw_shapes(shapes_count(data) if split != "val" else 2000, size, seed=int(split == "val"))
+        return ArrayDataset(images, labels, len(SHAPES) * len(TEXTURES), device), size
+    if data in SMALL_SETS:
+        images, labels, num_classes = load_small_set(data, data_root, split)
+        return ArrayDataset(images, labels, num_classes, device), image_size or (96 if data == "stl10" else 32)
+    folder = Path(data) / ("train" if split == "pretrain" else split)
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder}: pass --data FOLDER with train/ and val/ in it, or --data with one of "
+                        f"{', '.join(SMALL_SETS)}, shapes")  # fmt: skip
+    return FolderDataset(folder), image_size or 224
+
+
+def load_small_set(name, root, split):
+    """uint8 images (N, 3, H, W), labels (N,) and number of classes of one of torchvision's sets, fetched if missing."""
+    train = split != "val"
+    sets = torchvision.datasets
+    opener, options, num_classes = {
+        "cifar10": (sets.CIFAR10, {"train": train}, 10),
+        "cifar100": (sets.CIFAR100, {"train": train}, 100),
+        "fashion_mnist": (sets.FashionMNIST, {"train": train}, 10),
+        "stl10": (sets.STL10, {"split": {"pretrain": "unlabeled", "train": "train", "val": "test"}[split]}, 10),
+    }[name]
+    try:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # one process of a machine fetches, the others wait for it
+            opener(root, download=True, **options)
+        if dist.is_initialized():
+            dist.barrier()
+        found = opener(root, **options)
+    except (OSError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{name} is not in {root} and could not be fetched ({reason}): pass --data-root") from None
+    images = torch.as_tensor(found.data)
+    if images.ndim == 3:  # grey: three channels that share their memory
+        images = images[:, None].expand(-1, 3, -1, -1)
+    elif images.shape[-1] == 3:
+        images = images.permute(0, 3, 1, 2).contiguous()
+    return images, found.labels if name == "stl10" else found.targets, num_classes
+
+
+def shapes_count(data):
+    """Number of training images in "shapes" (8000) or "shapes:COUNT"."""
+    count = data.partition(":")[2] or "8000"
+    if not count.isdecimal() or int(count) < 10:
+        raise UserError(f"--data {data}: after the colon comes the number of images, at least 10, as in shapes:2000")
+    return int(count)
+
+
+SHAPES = {  # signed distance of points (u, v), in units of the shape's radius, to its edge; negative inside
+    "disc": lambda u, v: np.hypot(u, v) - 0.9,
+    "square": lambda u, v: np.maximum(abs(u), abs(v)) - 0.8,
+    "triangle": lambda u, v: np.maximum(v, abs(u) * 0.866 - v * 0.5) - 0.5,
+    "cross": lambda u, v: np.minimum(np.maximum(abs(u) - 1, abs(v) - 0.33), np.maximum(abs(u) - 0.33, abs(v) - 1)),
+    "ring": lambda u, v: abs(np.hypot(u, v) - 0.72) - 0.26,
+}
+TEXTURES = {  # sign of a pattern over the shape
+    "stripes": lambda u, v: np.sin(7 * u),
+    "checks": lambda u, v: np.sin(7 * u) * np.sin(7 * v),
+}
+
+
+def draw_shapes(count, size, seed):
+    """Draw the built-in set: uint8 images (count, 3, size, size) and labels (count,) in ten classes of equal size.
+
+    A class is a shape with a texture. Position, angle, scale, background and noise vary freely. Colours come from one
+    palette and are only jittered: were they free, a contrastive loss would tell images apart by colour and learn
+    nothing else.
+    """
+    rng = np.random.default_rng([seed, 2104])
+    labels = np.arange(count) % (len(SHAPES) * len(TEXTURES))
+    images = np.empty((count, 3, size, size), dtype=np.uint8)
+    palette = np.array([[0.85, 0.65, 0.35], [0.25, 0.35, 0.60], [0.50, 0.50, 0.45], [0.40, 0.45, 0.55]])
+    grid = (np.arange(size) + 0.5) / size - 0.5
+    for start in range(0, count, 1000):
+        part = labels[start : start + 1000]
+
+        def per_image(low, high, *shape, n=len(part)):
+            return rng.uniform(low, high, (n, *(shape or (1, 1)))).astype(np.float32)
+
+        x, y = grid[None, None, :] - per_image(-0.1, 0.1), grid[None, :, None] - per_image(-0.1, 0.1)
+        angle, radius, phase = per_image(0, 2 * np.pi), per_image(0.3, 0.46), per_image(-1, 1)
+        u = (np.cos(angle) * x + np.sin(angle) * y) / radius
+        v = (np.cos(angle) * y - np.sin(angle) * x) / radius
+        distance, pattern = np.empty_like(u), np.empty_like(u)
+        for i, sdf in enumerate(SHAPES.values()):
+            distance[part // 2 == i] = sdf(u[part // 2 == i], v[part // 2 == i])
+        for i, texture in enumerate(TEXTURES.values()):
+            pattern[part % 2 == i] = texture(u[part % 2 == i] + phase[part % 2 == i], v[part % 2 == i])
+        inside = np.clip(0.5 - distance * radius * size, 0, 1)[:, None]  # edges one pixel soft
+        ink = np.clip(0.5 + 2 * pattern, 0, 1)[:, None]
+        slope = per_image(-0.3, 0.3) * grid[None, None, :] + per_image(-0.3, 0.3) * grid[None, :, None]
+        shade = np.clip(0.5 + slope, 0, 1)[:, None]
+        light, dark, ground1, ground2 = (c[None, :, None, None] + per_image(-0.03, 0.03, 3, 1, 1) for c in palette)
+        image = inside * (ink * light + (1 - ink) * dark) + (1 - inside) * (shade * ground1 + (1 - shade) * ground2)
+        image = image + per_image(0.02, 0.08, 1, 1, 1) * rng.standard_normal(image.shape, dtype=np.float32)
+        images[start : start + 1000] = (np.clip(image, 0, 1) * 255).round()
+    order = rng.permutation(count)
+    return torch.from_numpy(images[order]), torch.from_numpy(labels[order])
+
+
+# --------------------------------------------------------------------------------------------------------- Augmentation
+#
+# Each function is torchvision's of the same name over a batch, with parameters of its own for every image. Which images
+# an operation touches is decided on the CPU, so nothing here waits for the device.
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels, what released teachers expect
+CROP_UNIFORMS = 23  # random numbers that a crop and a flip take: ten tries of area and aspect, position, coin
+
+
+@dataclass(frozen=True)
+class View:
+    """How a view is made: crop of `scale` of the image's area, flip and, with `color`, MoCo v2's colour operations.
+
+    scale None stands for the centre crop of evaluation.
+    """
+
+    size: int
+    scale: tuple | None = (0.2, 1.0)
+    color: bool = True
+
+
+def crop_boxes(uniforms, height, width, scale):
+    """RandomResizedCrop's boxes in an image of height x width: (n, 4) integers top, left, height, width.
+
+    uniforms: (n, CROP_UNIFORMS) in [0, 1). Ten tries of area and aspect ratio (3/4 to 4/3), the first that fits is
+    taken; where none does, the largest centre crop within the aspect ratios.
+    """
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * uniforms[:, :10])
+    aspect = np.exp(np.log(4 / 3) * (2 * uniforms[:, 10:20] - 1))
+    heights, widths = np.rint(np.sqrt(area / aspect)), np.rint(np.sqrt(area * aspect))
+    fits = (0 < heights) & (heights <= height) & (0 < widths) & (widths <= width)
+    rows, first, any_fits = np.arange(len(uniforms)), fits.argmax(1), fits.any(1)
+    center_height, center_width = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
+    heights = np.where(any_fits, heights[rows, first], center_height)
+    widths = np.where(any_fits, widths[rows, first], center_width)
+    tops = np.where(any_fits, np.floor(uniforms[:, 20] * (height - heights + 1)), (height - center_height) // 2)
+    lefts = np.where(any_fits, np.floor(uniforms[:, 21] * (width - widths + 1)), (width - center_width) // 2)
+    return np.stack([tops, lefts, heights, widths], axis=1).astype(np.int64)
+
+
+def flip_coins(uniforms):
+    """Which images are mirrored, each with probability 1/2: (n, CROP_UNIFORMS) -> (n,) bool."""
+    return uniforms[:, 22] < 0.5
+
+
+def crop_and_resize(images, boxes, flips, size):
+    """Crop, resize (bilinear, antialiased) and flip every image of a batch by its own box.
+
+    Along each axis that is one linear map, so two batched matrix products do it. images: (n, 3, H, W) float;
+    boxes: (n, 4) top, left, height, width; flips: (n,) bool. Returns (n, 3, size, size).
+    """
+    n, channels, height, width = images.shape
+    boxes = torch.from_numpy(boxes).to(images.device, non_blocking=True)
+    flips = torch.from_numpy(flips).to(images.device, non_blocking=True)
+    rows = resize_weights(boxes[:, 0], boxes[:, 2], height, size)
+    columns = resize_weights(boxes[:, 1], boxes[:, 3], width, size)
+    columns = torch.where(flips[:, None, None], columns.flip(1), columns)
+    images = torch.bmm(images.flatten(1, 2), columns.mT).view(n, channels, height, size)
+    return rows[:, None] @ images
+
+
+def resize_weights(start, length, full, size):
+    """Weights (n, size, full) that resize the pixels [start, start + length) of an axis of `full` pixels to `size`."""
+    start, length = start[:, None, None], length[:, None, None]
+    stretch = length / size
+    center = (torch.arange(size, device=start.device)[:, None] + 0.5) * stretch
+    pixel = torch.arange(full, device=start.device) - start
+    weights = (1 - (pixel + 0.5 - center).abs() / stretch.clamp(min=1)).clamp(min=0)
+    weights = weights * ((pixel >= 0) & (pixel < length))
+    return weights / weights.sum(dim=2, keepdim=True)
+
+
+def draw_color(rng, n, size):
+    """MoCo v2's random colour parameters for n images, as a dict of arrays; rng: numpy.random.Generator.
+
+    Jitter (0.4, 0.4, 0.4, 0.1) with probability 0.8, its four operations in random order; grey with 0.2; blur of sigma
+    0.1 to 2 with 0.5. The papers' sigma is for 224 pixels and follows the image size here: at 32 pixels the same
+    numbers would wipe out what there is to see.
+    """
+    return {
+        "jitter": rng.random(n) < 0.8,
+        "order": rng.permuted(np.tile(np.arange(4), (n, 1)), axis=1),
+        "factors": rng.uniform([0.6, 0.6, 0.6, -0.1], [1.4, 1.4, 1.4, 0.1], (n, 4)),
+        "grey": rng.random(n) < 0.2,
+        "blur": rng.random(n) < 0.5,
+        "sigma": rng.uniform(0.1, 2.0, n) * size / 224,
+    }
+
+
+def augment_color(images, jitter, order, factors, grey, blur, sigma):
+    """Colour jitter, random grey and blur of floats (n, 3, H, W) in [0, 1], in place; parameters: `draw_color`."""
+
+    def apply(operation, mask, values):
+        rows = np.flatnonzero(mask)
+        if len(rows):
+            at = torch.from_numpy(rows).to(images.device, non_blocking=True)
+            values = torch.from_numpy(values[rows]).to(images.device, images.dtype, non_blocking=True)
+            images[at] = operation(images[at], values[:, None, None, None])
+
+    for position in range(4):
+        for i, operation in enumerate((adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)):
+            apply(operation, jitter & (order[:, position] == i), factors[:, i])
+    apply(lambda x, _: to_grey(x).expand_as(x), grey, sigma)
+    apply(gaussian_blur, blur, sigma)
+    return images
+
+
+def to_grey(images):
+    """Luminance (n, 1, H, W)."""
+    return torch.einsum("nchw,c->nhw", images, images.new_tensor([0.2989, 0.587, 0.114]))[:, None]
+
+
+def adjust_brightness(images, factor):
+    """Blend with black. factor: (n, 1, 1, 1), here and below."""
+    return (images * factor).clamp_(0, 1)
+
+
+def adjust_contrast(images, factor):
+    """Blend with the image's mean grey."""
+    return to_grey(images).mean(dim=(2, 3), keepdim=True).lerp(images, factor).clamp_(0, 1)
+
+
+def adjust_saturation(images, factor):
+    """Blend with the grey image."""
+    return to_grey(images).lerp(images, factor).clamp_(0, 1)
+
+
+def adjust_hue(images, shift):
+    """Turn the hue by `shift`, in turns (-0.5 to 0.5), through HSV."""
+    value, brightest = images.max(dim=1, keepdim=True)
+    chroma = value - images.amin(dim=1, keepdim=True)
+    red, green, blue = images.split(1, dim=1)
+    sixth = torch.where(brightest == 0, green - blue, torch.where(brightest == 1, blue - red, red - green))
+    sixth = sixth / chroma.clamp(min=1e-8) + 2 * brightest + 6 * shift  # hue in sixths of a turn
+    k = (sixth + images.new_tensor([5.0, 3.0, 1.0]).view(1, 3, 1, 1)).remainder(6)
+    return value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)
+
+
+def gaussian_blur(images, sigma):
+    """Blur every image with a Gaussian of its own sigma, (n, 1, 1, 1) in pixels, cut off at three of the largest."""
+    n, channels, height, width = images.shape
+    radius = max(1, math.ceil(3 * 2.0 * max(height, width) / 224))
+    offsets = torch.arange(-radius, radius + 1, device=images.device, dtype=images.dtype)
+    kernel = torch.softmax(-0.5 * (offsets / sigma.view(n, 1)) ** 2, dim=1).repeat_interleave(channels, 0)
+    images = F.pad(images.reshape(1, n * channels, height, width), [radius] * 4, mode="reflect")
+    images = F.conv2d(images, kernel[:, None, :, None], groups=n * channels)
+    images = F.conv2d(images, kernel[:, None, None, :], groups=n * channels)
+    return images.view(n, channels, height, width)
+
+
+def normalize(images):
+    """Float images (n, 3, H, W) in [0, 1] to zero mean and unit deviation of ImageNet's pixels."""
+    return TF.normalize(images, MEAN, STD)
+
+
+# -------------------------------------------------------------------------------------------------------------- Loading
+
+
+class Loader:
+    """Batches of random views, the same images for any number of processes and workers.
+
+    All randomness of a batch follows from (seed, epoch, step) and is drawn here for the global batch, of which each
+    process takes its share: nothing depends on which worker or process makes an image, and a resumed run needs no
+    random state. One epoch is len(self) steps; what is left over at its end is seen in another epoch.
+    """
+
+    def __init__(self, dataset, views, batch_size, seed, workers, device):
+        if batch_size > len(dataset):
+            raise UserError(f"--batch-size {batch_size} is larger than the {len(dataset)} training images")
+        if batch_size % world_size():
+            raise UserError(f"--batch-size {batch_size} cannot be shared out over {world_size()} processes")
+        self.dataset, self.views, self.batch_size, self.seed, self.device = dataset, views, batch_size, seed, device
+        self.step, self.stop = 0, 0
+        self.loader = job_loader(dataset, self, workers, device)
+
+    def __len__(self):
+        return len(self.dataset) // self.batch_size
+
+    def __iter__(self):
+        """Jobs of this process from `self.step` to `self.stop`, all in one epoch."""
+        epoch = self.step // len(self)
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset))
+        for step in range(self.step, self.stop):
+            first = step % len(self) * self.batch_size
+            rng = np.random.default_rng([self.seed, epoch, step, 0])
+            uniforms = rng.random((self.batch_size, len(self.views), CROP_UNIFORMS))
+            indices = order[first : first + self.batch_size]
+            yield Job(local_share(indices), self.views, local_share(uniforms).swapaxes(0, 1))
+
+    def batches(self, step, stop):
+        """From the run's step number `step` to the end of its epoch, or to `stop` if that comes first.
+
+        Yields (views, labels): a list of normalised float tensors (n, 3, size, size) on the device, n images a
+        process, and labels (n,).
+        """
+        epoch = step // len(self)
+        self.step, self.stop = step, min(stop, (epoch + 1) * len(self))
+        for offset, (views, labels) in enumerate(fetch(self.loader, self.device)):
+            rng = np.random.default_rng([self.seed, epoch, step + offset, 1])
+            for images, view in zip(views, self.views, strict=True):
+                if view.color:
+                    parameters = draw_color(rng, self.batch_size, view.size)
+                    augment_color(images, **{name: local_share(values) for name, values in parameters.items()})
+            yield [normalize(images) for images in views], labels
+
+
+def job_loader(dataset, jobs, workers, device):
+    """DataLoader that makes one whole batch a job: in workers for files, in this process for a set in memory."""
+    workers = 0 if dataset.in_memory else workers
+    return DataLoader(
+        dataset,
+        sampler=jobs,
+        batch_size=None,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=device.type == "cuda" and not dataset.in_memory,
+    )
+
+
+def fetch(loader, device):
+    """Batches of a `job_loader` on the device, views as floats in [0, 1]."""
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        views, labels = batch
+        views = [TF.to_dtype(x.to(device, non_blocking=True), torch.float32, scale=True) for x in views]
+        yield views, labels.to(device, non_blocking=True)
+
+
+# ------------------------------------------------------------------------------------------------------------- Networks
+
+AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+CIFAR_DEPTHS = (8, 14, 20, 32, 44, 56, 110)
+
+
+class CifarResNet(nn.Module):
+    """ResNet for 32-pixel images (He et al., 2016, section 4.2): 6n + 2 layers of 16, 32 and 64 channels."""
+
+    def __init__(self, depth, num_classes=10):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        blocks = (depth - 2) // 6
+        self.layer1 = self.stage(16, 16, blocks, stride=1)
+        self.layer2 = self.stage(16, 32, blocks, stride=2)
+        self.layer3 = self.stage(32, 64, blocks, stride=2)
+        self.fc = nn.Linear(64, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    @staticmethod
+    def stage(in_channels, channels, blocks, stride):
+        block, shortcut = torchvision.models.resnet.BasicBlock, None
+        if stride > 1:
+            shortcut = nn.Sequential(nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels))
+        first = block(in_channels, channels, stride, shortcut)
+        return nn.Sequential(first, *(block(channels, channels) for _ in range(blocks - 1)))
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.fc(x.mean(dim=(2, 3)))
+
+
+def network_names():
+    """Names that `build_backbone` takes: torchvision's classification networks and CIFAR's resnet8 to resnet110."""
+    names = torchvision.models.list_models(module=torchvision.models)
+    return sorted(names, key=lambda name: "regnet" in name) + [f"resnet{depth}" for depth in CIFAR_DEPTHS]
+
+
+def build_backbone(arch, image_size=224):
+    """A network without its classifier, randomly initialised: (N, 3, H, W) -> features (N, feature_dim).
+
+    Keys are torchvision's own. The last linear layer becomes the identity, so that features are its input; its name is
+    kept in `.classifier`. Dropout and stochastic depth are off, as in the papers. At 32 pixels and less torchvision's
+    ResNets get a 3x3 stem of stride 1 without max-pooling (SimCLR, appendix B.9).
+    Raises UserError for an unknown name.
+    """
+    if arch not in network_names():
+        close = difflib.get_close_matches(arch, network_names(), n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else "take any of torchvision's classification networks"
+        raise UserError(f"unknown network {arch}: {hint}")
+    if arch.removeprefix("resnet") in map(str, CIFAR_DEPTHS):
+        network = CifarResNet(int(arch.removeprefix("resnet")))
+    else:
+        options = {"image_size": image_size} if arch.startswith("vit_") else {}
+        if arch in ("googlenet", "inception_v3"):
+            options = {"aux_logits": False, "init_weights": False}
+        network = torchvision.models.get_model(arch, **options)
+        if isinstance(network, torchvision.models.ResNet) and image_size <= 32:
+            network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+            nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
+            network.maxpool = nn.Identity()
+    for module in network.modules():
+        if isinstance(module, (nn.Dropout, torchvision.ops.StochasticDepth)):
+            module.p = 0.0
+        if isinstance(module, nn.MultiheadAttention):
+            module.dropout = 0.0
+    classifiers = (nn.Linear, nn.Conv2d) if arch.startswith("squeezenet") else nn.Linear
+    last = [name for name, module in network.named_modules() if isinstance(module, classifiers)][-1]
+    layer = network.get_submodule(last)
+    network.classifier_name = last
+    network.feature_dim = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+    network.set_submodule(last, nn.Identity())
+    if not layer.weight.is_meta:
+        try_image(network, arch, image_size)
+    return network
+
+
+@torch.no_grad()
+def try_image(network, arch, image_size):
+    """Raise UserError where the images are too small for the network."""
+    try:
+        network.eval()(torch.zeros(1, 3, image_size, image_size))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{arch} does not take images of {image_size} pixels ({reason}): raise --image-size") from None
+    network.train()
+
+
+def mlp_head(in_dim, hidden_dim, out_dim):
+    """MoCo v2's projection head: (N, in_dim) -> (N, out_dim) through one hidden layer."""
+    return nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, out_dim))
+
+
+class Encoder(nn.Module):
+    """Backbone and projection head: images (N, 3, H, W) -> embedding (N, D), not normalised, always float32.
+
+    `amp` (None, torch.bfloat16 or torch.float16) sets the precision inside; losses outside stay in float32.
+    """
+
+    def __init__(self, backbone, head):
+        super().__init__()
+        self.backbone, self.head, self.amp = backbone, head, None
+
+    def forward(self, images):
+        with torch.autocast(images.device.type, self.amp, enabled=self.amp is not None):
+            return self.head(self.backbone(images)).float()
+
+    @torch.no_grad()
+    def features(self, images):
+        """What the backbone gives, (N, feature_dim) float32, without gradient."""
+        with torch.autocast(images.device.type, self.amp, enabled=self.amp is not None):
+            return self.backbone(images).float()
+
+    @property
+    def dim(self):
+        """Number of dimensions D of the embedding."""
+        layers = [module for module in self.head.modules() if isinstance(module, nn.Linear)]
+        return layers[-1].out_features if layers else self.backbone.feature_dim
+
+
+# Where a file keeps backbone and head. A file has the first layout whose two prefixes both begin some of its keys.
+LAYOUTS = (
+    # written by                            backbone              head
+    ("moco_v2.py",                          "encoder.backbone.",  "encoder.head."),
+    ("disco.py",                            "student.backbone.",  "student.head."),
+    ("MoCo v2, the released code",          "module.encoder_q.",  "module.encoder_q.fc."),
+    ("torchvision, or a backbone.pth",      "",                   None),
+)  # fmt: skip
+
+
+def load_file(path):
+    """Read a checkpoint onto the CPU, tensors and plain values only; raises UserError where that is not possible."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"no file {path}") from None
+    except pickle.UnpicklingError:
+        raise UserError(f"{path} is not a checkpoint, or holds more than tensors and plain values, which is not loaded "
+                        "because it could run code: save its state dict alone") from None  # fmt: skip
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
+        reason = (str(error).splitlines() or ["damaged"])[0]
+        raise UserError(f"{path} is not a readable checkpoint ({reason})") from None
+
+
+def load_teacher(path, arch=None):
+    """Read a network with its projection head from a file of any layout in `LAYOUTS`, frozen and in eval mode.
+
+    The architecture is read from the file; `arch` overrides it. A file without a head gives its features as embedding.
+    Returns an Encoder. Raises UserError for a file that fits nothing or only in part.
+    """
+    checkpoint = load_file(path)
+    told = checkpoint.get("arch") if isinstance(checkpoint, dict) else None
+    backbone_state, head_state = split_state(path, checkpoint)
+    # The stem of the file, not of the image size: 32 stands for the 3x3 one.
+    small_stem = "conv1.weight" in backbone_state and backbone_state["conv1.weight"].shape[-1] == 3
+    image_size = 32 if small_stem else 224
+    arch = arch or told or recognize(path, backbone_state, image_size)
+    encoder = Encoder(build_backbone(arch, image_size), build_head(path, head_state))
+    load_exactly(encoder.backbone, without_classifier(backbone_state, encoder.backbone), f"{path} as {arch}")
+    load_exactly(encoder.head, head_state, f"projection head of {path}")
+    return encoder.requires_grad_(False).eval()
+
+
+def split_state(path, checkpoint):
+    """State dicts of backbone and head of a file's content, by the first layout that fits."""
+    state = checkpoint
+    for wrapper in ("model", "state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not isinstance(state, dict) or not any(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UserError(f"{path} holds no network's weights")
+    state = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+
+    def part(prefix):
+        return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+    for _, backbone_prefix, head_prefix in LAYOUTS:
+        backbone, head = part(backbone_prefix), part(head_prefix) if head_prefix else {}
+        if backbone and (head or head_prefix is None):
+            head_keys = {head_prefix + key for key in head}
+            return {key: value for key, value in backbone.items() if backbone_prefix + key not in head_keys}, head
+
+
+def without_classifier(state, backbone):
+    """A labelled network's state dict less the classifier that a backbone does not have."""
+    return {key: value for key, value in state.items() if key.rpartition(".")[0] != backbone.classifier_name}
+
+
+def build_head(path, state):
+    """The projection head that a state dict belongs to: MoCo v2's, or the identity where there is none."""
+    shapes = {name: tuple(value.shape) for name, value in state.items()}
+    if not shapes:
+        return nn.Identity()
+    if shapes.keys() == {"0.weight", "0.bias", "2.weight", "2.bias"}:
+        return mlp_head(shapes["0.weight"][1], shapes["0.weight"][0], shapes["2.weight"][0])
+    raise UserError(f"{path} has a projection head of a kind not known here: {shapes}")
+
+
+def recognize(path, state, image_size):
+    """Name of the architecture whose keys and shapes are those of a state dict, classifier aside."""
+    for name in network_names():
+        try:
+            with torch.device("meta"):
+                network = build_backbone(name, image_size)
+        except NotImplementedError:  # RegNets compute their widths with tensors
+            network = build_backbone(name, image_size)
+        found = {key: value.shape for key, value in without_classifier(state, network).items()}
+        if found == {key: value.shape for key, value in network.state_dict().items()}:
+            return name
+    some = ", ".join(f"{key} {list(value.shape)}" for key, value in list(state.items())[:3])
+    known = "; ".join(name for name, _, _ in LAYOUTS)
+    raise UserError(f"{path} fits no network known here (it begins with {some}); files of these are read: {known}")
+
+
+def load_torchvision(arch):
+    """An Encoder with torchvision's labelled weights (fetched where missing) and no head, frozen and in eval mode."""
+    backbone = build_backbone(arch)
+    try:
+        state = torchvision.models.get_model_weights(arch).DEFAULT.get_state_dict(progress=rank() == 0)
+    except (ValueError, AttributeError):
+        raise UserError(f"torchvision has no weights for {arch}") from None
+    except OSError as error:
+        raise UserError(f"torchvision's weights of {arch} could not be fetched ({error}): pass a file") from None
+    load_exactly(backbone, without_classifier(state, backbone), f"torchvision's weights as {arch}")
+    return Encoder(backbone, nn.Identity()).requires_grad_(False).eval()
+
+
+def load_exactly(module, state, what):
+    """Load a state dict and raise UserError, naming keys, where one is missing, left over or of another shape."""
+    own = module.state_dict()
+    faults = {
+        "missing": own.keys() - state.keys(),
+        "left over": state.keys() - own.keys(),
+        "of another shape": {key for key in own.keys() & state.keys() if own[key].shape != state[key].shape},
+    }
+    told = [f"{fault}: {', '.join(sorted(keys)[:3])}{', ...' * (len(keys) > 3)}" for fault, keys in faults.items() if keys]
+    if told:
+        raise UserError(f"{what} does not fit; {'; '.join(told)}")
+    module.load_state_dict(state)
+
+
+# ----------------------------------------------------------------------------------------------------------- Evaluation
+
+
+@torch.no_grad()
+def extract_features(encoder, dataset, image_size, batch_size, workers, device):
+    """Features of every image's centre crop, in order: (N, feature_dim) and labels (N,), on every process.
+
+    The work is shared out over the processes; the backbone runs in eval mode and is left in the mode it had.
+    """
+    share = -(-len(dataset) // world_size())
+    indices = np.arange(rank() * share, (rank() + 1) * share) % len(dataset)  # what wraps round is cut off again
+    views = [View(image_size, scale=None, color=False)]
+    jobs = [Job(indices[i : i + batch_size], views, None) for i in range(0, share, batch_size)]
+    training = encoder.training
+    encoder.eval()
+    features = []
+    for (images,), _ in fetch(job_loader(dataset, jobs, workers, device), device):
+        features.append(encoder.features(normalize(images)))
+    encoder.train(training)
+    return gather(torch.cat(features))[: len(dataset)], dataset.labels.to(device)
+
+
+@torch.no_grad()
+def knn_accuracy(train_features, train_labels, features, labels, ks, num_classes, temperature=None):
+    """Accuracy in percent of a vote of the k training images with the highest cosine similarity, for every k: a dict.
+
+    A vote counts 1, or exp(similarity / temperature) where a temperature is given (Wu et al., 2018). Ties go to the
+    class of the lower number. train_features: (N, D), features: (M, D); labels: integers below num_classes.
+    """
+    train_features, features = F.normalize(train_features, dim=1), F.normalize(features, dim=1)
+    correct = torch.zeros(len(ks), device=features.device)
+    chunk = max(1, 2**26 // len(train_features))  # a quarter of a gigabyte of similarities at a time
+    for query, target in zip(features.split(chunk), labels.split(chunk), strict=True):
+        similarity, nearest = (query @ train_features.T).topk(max(ks), dim=1)
+        weight = torch.ones_like(similarity) if temperature is None else (similarity / temperature).exp()
+        neighbours = train_labels[nearest]
+        for i, k in enumerate(ks):
+            votes = query.new_zeros(len(query), num_classes).scatter_add_(1, neighbours[:, :k], weight[:, :k])
+            correct[i] += (votes.argmax(dim=1) == target).sum()
+    return {k: 100 * value / len(features) for k, value in zip(ks, correct.tolist(), strict=True)}
+
+
+class KnnProbe:
+    """20-NN accuracy of the validation images while a method trains, so that a collapse shows early."""
+
+    def __init__(self, args, image_size, device):
+        where = args.data, args.data_root
+        self.sets = [load_dataset(*where, split, device, image_size)[0] for split in ("train", "val")]
+        self.options = image_size, args.batch_size, args.workers, device
+
+    def __call__(self, encoder):
+        """{"knn": accuracy in percent} of an Encoder's features."""
+        train, val = (extract_features(encoder, dataset, *self.options) for dataset in self.sets)
+        k = min(20, len(train[0]))
+        return {"knn": knn_accuracy(*train, *val, [k], self.sets[0].num_classes)[k]}
+
+
+# ----------------------------------------------------------------------------------------------------------------- Runs
+
+LOG_EVERY = 50  # steps: reading a loss waits for the device, so it is not done at each
+FREE_ARGUMENTS = {"out", "workers", "max_steps", "knn_every", "tensorboard"}  # may differ when a run goes on
+
+
+def write_file(path, write):
+    """Call `write(temporary path)` and move the result into place, so that `path` is always whole."""
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.tmp")
+    write(beside)
+    os.replace(beside, path)
+
+
+class Run:
+    """A run's folder: config.json, log.jsonl, views.png, checkpoint.pth and backbone.pth.
+
+    The same command in the same folder goes on where it stopped; other arguments are refused, naming them.
+    """
+
+    def __init__(self, script, args):
+        self.script, self.folder, self.writer, self.bar = script, Path(args.out), None, None
+        arguments = {k: v for k, v in json.loads(json.dumps(vars(args))).items() if k != "out"}
+        self.check(arguments)
+        if rank() > 0:
+            return
+        if args.tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise UserError("--tensorboard needs a package more: pip install tensorboard", local=True) from None
+            self.writer = SummaryWriter(self.folder)
+        config = {
+            "script": script,
+            "arguments": arguments,
+            "versions": {"python": platform.python_version(), **{m.__name__: m.__version__ for m in (torch, torchvision)}},
+            "git_commit": git_commit(),
+            "processes": world_size(),
+        }
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.write("config.json", config)
+        except OSError as error:
+            raise UserError(f"cannot write to --out {self.folder}: {error.strerror}", local=True) from None
+
+    def check(self, arguments):
+        """Refuse a folder that holds another run."""
+        try:
+            config = json.loads((self.folder / "config.json").read_text())
+        except FileNotFoundError:
+            taken = [name for name in ("checkpoint.pth", "backbone.pth", "eval.json") if (self.folder / name).exists()]
+            if taken:
+                raise UserError(f"{self.folder} holds {taken[0]} but no config.json: pass another --out") from None
+            return
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read {self.folder / 'config.json'} ({error}): pass another --out") from None
+        old = {**config.get("arguments", {}), "script": config.get("script")}
+        new = {**arguments, "script": self.script}
+        names = sorted(name for name in (old.keys() | new.keys()) - FREE_ARGUMENTS if old.get(name) != new.get(name))
+        differ = [f"{name.replace('_', '-')} {old.get(name)} there, {new.get(name)} here" for name in names]
+        if differ:
+            raise UserError(f"{self.folder} holds another run ({'; '.join(differ)}): pass another --out")
+
+    def resume(self, model, optimizer, scaler, of=None):
+        """Load checkpoint.pth where there is one, and it is one `of` this; returns the number of steps done."""
+        path = self.folder / "checkpoint.pth"
+        checkpoint = load_file(path) if path.exists() else {}
+        if checkpoint.get("of") != of or not checkpoint:
+            return 0
+        frozen = {k: v for k, v in model.state_dict().items() if k.startswith("teacher.")}
+        model.load_state_dict({**checkpoint["model"], **frozen})
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
+        if rank() == 0:
+            print(f"going on from step {checkpoint['step']} of {path}", file=sys.stderr)
+            self.rewind(checkpoint["step"])
+        return checkpoint["step"]
+
+    def rewind(self, step):
+        """Drop the log's lines after `step`: they are about to be written again."""
+        log = self.folder / "log.jsonl"
+        if log.exists():
+            lines = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= step]
+            write_file(log, lambda path: path.write_text("".join(line + "\n" for line in lines)))
+
+    def save(self, step, model, optimizer, scaler, **about):
+        """Write checkpoint.pth: all that a resume needs. A frozen teacher stays in its own file."""
+        checkpoint = {
+            **about,
+            "step": step,
+            "model": {k: v for k, v in model.state_dict().items() if not k.startswith("teacher.")},
+            "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(),
+        }
+        if rank() == 0:
+            write_file(self.folder / "checkpoint.pth", lambda path: torch.save(checkpoint, path))
+
+    def read(self, name):
+        """Content of a JSON file of the folder, or None."""
+        path = self.folder / name
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def write(self, name, content):
+        """Write a JSON file into the folder."""
+        if rank() == 0:
+            write_file(self.folder / name, lambda path: path.write_text(json.dumps(content, indent=2) + "\n"))
+
+    def export(self, backbone):
+        """Write backbone.pth: the network alone, with torchvision's keys."""
+        if rank() == 0:
+            write_file(self.folder / "backbone.pth", lambda path: torch.save(backbone.state_dict(), path))
+
+    def draw_views(self, *views):
+        """Write views.png: up to eight images, a row for each of their views. views: normalised (N, 3, H, W)."""
+        path = self.folder / "views.png"
+        if rank() == 0 and not path.exists():
+            mean, std = (views[0].new_tensor(v).view(3, 1, 1) for v in (MEAN, STD))
+            images = torch.cat([view[:8] * std + mean for view in views]).clamp(0, 1)
+            write_file(path, lambda path: torchvision.utils.save_image(images, path, nrow=8, format="png"))
+
+    def start_bar(self, step, steps, batch_size, title=None):
+        """Show progress in images, with speed and time left, on rank 0."""
+        self.batch_size, self.sums, self.count, self.clock = batch_size, 0, 0, time.perf_counter()
+        self.bar = tqdm(
+            desc=title or self.script,
+            total=steps * batch_size,
+            initial=step * batch_size,
+            unit="img",
+            unit_scale=True,
+            mininterval=1 if sys.stderr.isatty() else 30,
+            disable=rank() > 0,
+        )
+
+    def track(self, step, epoch, losses, lr, epoch_ends):
+        """Count a step; every LOG_EVERY steps and at the end of an epoch, log the mean losses since the last line."""
+        self.sums = self.sums + torch.stack([value.detach() for value in losses.values()])
+        self.count += 1
+        self.bar.update(self.batch_size)
+        if self.count == LOG_EVERY or epoch_ends:
+            means = self.sums / self.count
+            if world_size() > 1:
+                dist.all_reduce(means)
+                means /= world_size()
+            means = dict(zip(losses, means.tolist(), strict=True))  # the only wait for the device
+            speed = self.count * self.batch_size / (time.perf_counter() - self.clock)
+            self.log({"step": step, "epoch": epoch, **means, "lr": lr, "images_per_second": round(speed, 1)})
+            self.bar.set_postfix(loss=f"{means['loss']:.3f}", lr=f"{lr:.2g}", epoch=epoch, refresh=False)
+            self.sums, self.count, self.clock = 0, 0, time.perf_counter()
+
+    def finish(self, backbone):
+        """Close the bar and export the backbone."""
+        self.bar.close()
+        self.export(backbone)
+        if rank() == 0:
+            print(f"{self.folder}: checkpoint.pth, backbone.pth, log.jsonl, views.png")
+
+    def log(self, values):
+        """Append a line to log.jsonl (and to TensorBoard)."""
+        if rank() > 0:
+            return
+        with open(self.folder / "log.jsonl", "a") as log:
+            log.write(json.dumps(values) + "\n")
+        if self.writer:
+            for name, value in values.items():
+                if name not in ("step", "epoch") and isinstance(value, (int, float)):
+                    self.writer.add_scalar(name, value, values["step"])
+            self.writer.flush()
+
+
+def git_commit():
+    """The commit that the scripts are at, or None outside a git checkout."""
+    try:
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,192 @@
+"""DisCo: Distilled Contrastive Learning (Gao et al., ECCV 2022, arXiv:2104.09124).
+
+A small student learns from a frozen self-supervised teacher: for each of two views its embedding is pulled onto the
+teacher's, while the MoCo v2 loss against a mean student keeps instances apart.
+
+    loss = InfoNCE(s(x1), m(x2), queue) + w * (|s(x1) - t(x1)|^2 + |s(x2) - t(x2)|^2)
+
+    s student, m mean student (moving average of s), t teacher; all embeddings L2-normalised.
+
+    torchrun --nproc_per_node=8 disco.py --teacher moco_v2_800ep_pretrain.pth.tar --student efficientnet_b0
+    python disco.py --data shapes --teacher runs/teacher/checkpoint.pth --student resnet8 --queue-size 2048
+"""
+
+import copy
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+import common
+
+# --------------------------------------------------------------------------------------------------------------- Losses
+
+
+def info_nce(query, key, queue, temperature):
+    """InfoNCE (van den Oord et al., 2018; MoCo, equation 1), averaged over the batch.
+
+    query, key: (N, D) unit rows, row i of both being two views of image i; queue: (K, D) unit rows, the negatives.
+    """
+    query = query / temperature
+    positive = (query * key).sum(dim=1)
+    negatives = query @ queue.T
+    # Cross-entropy with the positive as the right class, without copying (N, K) logits into (N, 1 + K) ones.
+    return (torch.logaddexp(positive, negatives.logsumexp(dim=1)) - positive).mean()
+
+
+def distill_loss(student, teacher):
+    """Squared L2 distance of unit embeddings (N, D), averaged over the batch (DisCo, distilling loss). In [0, 4]."""
+    return (student - teacher).square().sum(dim=1).mean()
+
+
+# --------------------------------------------------------------------------------------------------------------- Method
+
+
+class DisCo(nn.Module):
+    """Student, mean student, frozen teacher and the queue of the mean student's keys.
+
+    student, teacher: images (N, 3, H, W) -> embeddings (N, dim). momentum: of the moving average, a step.
+    teacher_bn: "running" normalises with the teacher's running statistics, "batch" with those of the batch, as the
+    released code does; neither changes the teacher. contrastive=False leaves out InfoNCE, mean student and queue, the
+    paper's row of distillation alone.
+    """
+
+    def __init__(self, student, teacher, dim=128, queue_size=65536, momentum=0.999, temperature=0.2,
+                 distill_weight=32.0, teacher_bn="running", contrastive=True):  # fmt: skip
+        super().__init__()
+        self.student = student
+        self.teacher = teacher.requires_grad_(False)
+        self.temperature, self.distill_weight, self.teacher_bn = temperature, distill_weight, teacher_bn
+        self.contrastive = contrastive
+        if contrastive:
+            self.mean_student = copy.deepcopy(student).requires_grad_(False)
+            self.register_buffer("queue", F.normalize(torch.randn(queue_size, dim), dim=1))
+            self.register_buffer("queue_ptr", torch.zeros((), dtype=torch.long))
+            self.update_average = get_ema_multi_avg_fn(momentum)
+        self.train()
+
+    def train(self, mode=True):
+        """Set the student's mode; the teacher stays in eval mode, its BatchNorm aside where teacher_bn is "batch"."""
+        super().train(mode)
+        self.teacher.eval()
+        for module in self.teacher.modules():
+            if self.teacher_bn == "batch" and isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.train(mode).track_running_stats = False  # takes the batch's statistics, keeps its own as they are
+        return self
+
+    def forward(self, view1, view2):
+        """Losses of two views (N, 3, H, W) of the same images, and the keys (B, dim) of all processes to enqueue."""
+        student1 = F.normalize(self.student(view1), dim=1)
+        student2 = F.normalize(self.student(view2), dim=1)
+        with torch.no_grad():
+            teacher1 = F.normalize(self.teacher(view1), dim=1)
+            teacher2 = F.normalize(self.teacher(view2), dim=1)
+        distill = distill_loss(student1, teacher1) + distill_loss(student2, teacher2)
+        if not self.contrastive:
+            return {"loss": self.distill_weight * distill, "distill": distill}, None
+
+        with torch.no_grad():
+            self.update_mean_student()
+            keys = common.unshuffle(F.normalize(self.mean_student(common.shuffle(view2)), dim=1))
+        contrastive = info_nce(student1, common.local_share(keys), self.queue, self.temperature)
+        loss = contrastive + self.distill_weight * distill
+        return {"loss": loss, "contrastive": contrastive, "distill": distill}, keys
+
+    def update_mean_student(self):
+        """Move the mean student's parameters a small step towards the student's. Its BatchNorm keeps own statistics."""
+        self.update_average(list(self.mean_student.parameters()), list(self.student.parameters()), None)
+
+    @torch.no_grad()
+    def enqueue(self, keys):
+        """Replace the queue's oldest entries by keys (B, dim); after the backward pass, so that it needs no copy."""
+        if keys is None:
+            return
+        places = (self.queue_ptr + torch.arange(len(keys), device=keys.device)) % len(self.queue)
+        self.queue[places] = keys
+        self.queue_ptr.add_(len(keys)).remainder_(len(self.queue))
+
+
+def cosine_lr(lr, epoch, epochs):
+    """Learning rate of an epoch: from lr to 0 along half a cosine, a step an epoch as released."""
+    return lr * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+
+
+# ------------------------------------------------------------------------------------------------------------- Training
+
+
+def main():
+    args = parse_args()
+    device = common.init_processes(args.seed)
+    teacher = common.load_teacher(args.teacher, args.teacher_arch)
+    dataset, size = common.load_dataset(args.data, args.data_root, "pretrain", device, args.image_size)
+    view = common.View(size)
+    loader = common.Loader(dataset, [view, view], args.batch_size, args.seed, args.workers, device)
+
+    backbone = common.build_backbone(args.student, size)
+    student = common.Encoder(backbone, common.mlp_head(backbone.feature_dim, args.hidden_dim, teacher.dim))
+    student.amp = teacher.amp = common.AMP[args.amp]
+    model = DisCo(student, teacher, teacher.dim, args.queue_size, args.momentum, args.temperature,
+                  args.distill_weight, args.teacher_bn, not args.no_contrastive)  # fmt: skip
+    model.to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(
+        student.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+
+    run = common.Run("disco", args)
+    step = run.resume(model, optimizer, scaler)
+    if args.compile:
+        for network in model.children():
+            network.compile()
+    parallel = DistributedDataParallel(model, broadcast_buffers=False) if common.world_size() > 1 else model
+    probe = common.KnnProbe(args, size, device) if args.knn_every else None
+
+    steps = args.epochs * len(loader)
+    stop = min(steps, args.max_steps or steps)
+    run.start_bar(step, stop, args.batch_size)
+    while step < stop:
+        epoch = step // len(loader)
+        lr = cosine_lr(args.lr, epoch, args.epochs)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        for (view1, view2), _ in loader.batches(step, stop):
+            run.draw_views(view1, view2)
+            losses, keys = parallel(view1, view2)
+            optimizer.zero_grad()
+            scaler.scale(losses["loss"]).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            model.enqueue(keys)
+            step += 1
+            run.track(step, epoch, losses, lr, epoch_ends=step % len(loader) == 0 or step == stop)
+        if probe and (epoch + 1) % args.knn_every == 0:
+            run.log({"step": step, "epoch": epoch, **probe(student)})
+        run.save(step, model, optimizer, scaler, arch=args.student, image_size=size)
+    run.finish(backbone)
+
+
+def parse_args():
+    parser = common.common_parser("disco", __doc__, epochs=200, batch_size=256, lr=0.03, weight_decay=1e-4)
+    add = parser.add_argument
+    add("--teacher", required=True, help="file of a frozen teacher: a checkpoint of moco_v2.py or a released one")
+    add("--teacher-arch", help="the teacher's network (default: read from its file)")
+    add("--student", required=True, help="network, any of torchvision's or resnet8 to resnet110 of CIFAR")
+    add("--hidden-dim", type=common.positive_int, default=2048, help="hidden layer of the student's head (default "
+        "%(default)s: wide, against the distilling bottleneck)")  # fmt: skip
+    add("--distill-weight", type=common.positive_float, default=32.0, help="of the distillation term (default "
+        "%(default)s: the released code sums over 32 images a GPU; the paper writes 1)")  # fmt: skip
+    add("--teacher-bn", choices=["running", "batch"], default="running", help="statistics that the teacher "
+        "normalises with (default %(default)s; the released code takes the batch's)")  # fmt: skip
+    add("--no-contrastive", action="store_true", help="distillation alone, without InfoNCE, mean student and queue")
+    add("--queue-size", type=common.positive_int, default=65536, help="negatives (default %(default)s)")
+    add("--momentum", type=common.fraction, default=0.999, help="of the moving average (default %(default)s)")
+    add("--temperature", type=common.positive_float, default=0.2, help="of InfoNCE (default %(default)s)")
+    add("--knn-every", type=common.positive_int, help="log k-NN accuracy every so many epochs (default: never)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    common.run_script(main)

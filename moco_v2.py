@@ -1,0 +1,152 @@
+"""MoCo v2: Improved Baselines with Momentum Contrastive Learning (Chen et al., 2020, arXiv:2003.04297).
+
+Two random views of an image shall have the same embedding, and another one than all images in a queue. The queue is
+filled by a slowly moving copy of the encoder, so that its entries stay comparable.
+
+    loss = InfoNCE(e(x1), m(x2), queue) = -log( exp(e(x1).m(x2) / T) / (exp(e(x1).m(x2) / T) + sum_k exp(e(x1).k / T)) )
+
+    e encoder, m momentum encoder (moving average of e), T temperature, k queue entries; embeddings L2-normalised.
+
+The baseline for the distilled students, and the way to a teacher:
+
+    torchrun --nproc_per_node=8 moco_v2.py --arch resnet50
+    python moco_v2.py --data shapes --arch resnet20 --queue-size 2048
+"""
+
+import copy
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+import common
+
+# --------------------------------------------------------------------------------------------------------------- Losses
+
+
+def info_nce(query, key, queue, temperature):
+    """InfoNCE (van den Oord et al., 2018; MoCo, equation 1), averaged over the batch.
+
+    query, key: (N, D) unit rows, row i of both being two views of image i; queue: (K, D) unit rows, the negatives.
+    """
+    query = query / temperature
+    positive = (query * key).sum(dim=1)
+    negatives = query @ queue.T
+    # Cross-entropy with the positive as the right class, without copying (N, K) logits into (N, 1 + K) ones.
+    return (torch.logaddexp(positive, negatives.logsumexp(dim=1)) - positive).mean()
+
+
+# --------------------------------------------------------------------------------------------------------------- Method
+
+
+class MoCo(nn.Module):
+    """Encoder, its momentum encoder and the queue of keys (MoCo, algorithm 1).
+
+    encoder: images (N, 3, H, W) -> embeddings (N, dim). momentum: of the moving average, a step.
+    """
+
+    def __init__(self, encoder, dim=128, queue_size=65536, momentum=0.999, temperature=0.2):
+        super().__init__()
+        self.encoder = encoder
+        self.momentum_encoder = copy.deepcopy(encoder).requires_grad_(False)
+        self.register_buffer("queue", F.normalize(torch.randn(queue_size, dim), dim=1))
+        self.register_buffer("queue_ptr", torch.zeros((), dtype=torch.long))
+        self.update_average = get_ema_multi_avg_fn(momentum)
+        self.temperature = temperature
+
+    def forward(self, view1, view2):
+        """Losses of two views (N, 3, H, W) of the same images, and the keys (B, dim) of all processes to enqueue."""
+        query = F.normalize(self.encoder(view1), dim=1)
+        with torch.no_grad():
+            self.update_momentum_encoder()
+            keys = common.unshuffle(F.normalize(self.momentum_encoder(common.shuffle(view2)), dim=1))
+        return {"loss": info_nce(query, common.local_share(keys), self.queue, self.temperature)}, keys
+
+    def update_momentum_encoder(self):
+        """Move the momentum encoder's parameters a step towards the encoder's; its BatchNorm keeps own statistics."""
+        self.update_average(list(self.momentum_encoder.parameters()), list(self.encoder.parameters()), None)
+
+    @torch.no_grad()
+    def enqueue(self, keys):
+        """Replace the queue's oldest entries by keys (B, dim); after the backward pass, so that it needs no copy."""
+        places = (self.queue_ptr + torch.arange(len(keys), device=keys.device)) % len(self.queue)
+        self.queue[places] = keys
+        self.queue_ptr.add_(len(keys)).remainder_(len(self.queue))
+
+
+def cosine_lr(lr, epoch, epochs):
+    """Learning rate of an epoch: from lr to 0 along half a cosine, a step an epoch as released."""
+    return lr * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+
+
+# ------------------------------------------------------------------------------------------------------------- Training
+
+
+def main():
+    args = parse_args()
+    device = common.init_processes(args.seed)
+    dataset, size = common.load_dataset(args.data, args.data_root, "pretrain", device, args.image_size)
+    view = common.View(size)
+    loader = common.Loader(dataset, [view, view], args.batch_size, args.seed, args.workers, device)
+
+    backbone = common.build_backbone(args.arch, size)
+    head = common.mlp_head(backbone.feature_dim, args.hidden_dim or backbone.feature_dim, args.dim)
+    encoder = common.Encoder(backbone, head)
+    encoder.amp = common.AMP[args.amp]
+    model = MoCo(encoder, args.dim, args.queue_size, args.momentum, args.temperature)
+    model.to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(
+        encoder.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+
+    run = common.Run("moco_v2", args)
+    step = run.resume(model, optimizer, scaler)
+    if args.compile:
+        model.encoder.compile()
+        model.momentum_encoder.compile()
+    parallel = DistributedDataParallel(model, broadcast_buffers=False) if common.world_size() > 1 else model
+    probe = common.KnnProbe(args, size, device) if args.knn_every else None
+
+    steps = args.epochs * len(loader)
+    stop = min(steps, args.max_steps or steps)
+    run.start_bar(step, stop, args.batch_size)
+    while step < stop:
+        epoch = step // len(loader)
+        lr = cosine_lr(args.lr, epoch, args.epochs)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        for (view1, view2), _ in loader.batches(step, stop):
+            run.draw_views(view1, view2)
+            losses, keys = parallel(view1, view2)
+            optimizer.zero_grad()
+            scaler.scale(losses["loss"]).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            model.enqueue(keys)
+            step += 1
+            run.track(step, epoch, losses, lr, epoch_ends=step % len(loader) == 0 or step == stop)
+        if probe and (epoch + 1) % args.knn_every == 0:
+            run.log({"step": step, "epoch": epoch, **probe(encoder)})
+        run.save(step, model, optimizer, scaler, arch=args.arch, image_size=size)
+    run.finish(backbone)
+
+
+def parse_args():
+    parser = common.common_parser("moco_v2", __doc__, epochs=200, batch_size=256, lr=0.03, weight_decay=1e-4)
+    add = parser.add_argument
+    add("--arch", required=True, help="network, any of torchvision's or resnet8 to resnet110 of CIFAR")
+    add("--dim", type=common.positive_int, default=128, help="dimensions of the embedding (default %(default)s)")
+    add("--hidden-dim", type=common.positive_int, help="hidden layer of the head (default: as wide as the features)")
+    add("--queue-size", type=common.positive_int, default=65536, help="negatives (default %(default)s)")
+    add("--momentum", type=common.fraction, default=0.999, help="of the moving average (default %(default)s)")
+    add("--temperature", type=common.positive_float, default=0.2, help="of InfoNCE (default %(default)s)")
+    add("--knn-every", type=common.positive_int, help="log k-NN accuracy every so many epochs (default: never)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    common.run_script(main)

@@ -1,0 +1,139 @@
+"""What the tests share: golden vectors, the small network they were computed with, and ways to run a script."""
+
+import os
+import socket
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import common
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = Path(__file__).parent / "golden"
+
+
+class GoldenBackbone(nn.Module):
+    """The backbone of the golden trajectories (golden data computed with the authors' code)."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width, 3, 2, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, 2 * width, 3, 2, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(2 * width)
+        self.feature_dim = 2 * width
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(x))).mean(dim=(2, 3))
+
+
+def golden_state(vectors, prefix):
+    """State dict of an Encoder from the golden arrays `prefix.KEY`."""
+    state = {k.removeprefix(prefix + "."): torch.from_numpy(vectors[k]) for k in vectors if k.startswith(prefix + ".")}
+    return {k.replace("fc.", "head.") if k.startswith("fc.") else f"backbone.{k}": v for k, v in state.items()}
+
+
+def golden_encoder(vectors, prefix):
+    """Encoder with the golden weights `prefix.KEY`."""
+    state = golden_state(vectors, prefix)
+    head = common.mlp_head(state["head.0.weight"].shape[1], len(state["head.0.weight"]), len(state["head.2.weight"]))
+    encoder = common.Encoder(GoldenBackbone(len(state["backbone.conv1.weight"])), head)
+    encoder.load_state_dict(state)
+    return encoder
+
+
+def assert_close_state(module, vectors, prefix, tolerance=2e-4):
+    """Every tensor of the module is the golden one, relative to the tensor's largest value."""
+    state = module.state_dict()
+    for name, expected in golden_state(vectors, prefix).items():
+        error = (state[name] - expected).abs().max() / expected.abs().max().clamp(min=1e-3)
+        assert error <= tolerance, f"{name} differs by {error:.1e}"
+
+
+def golden_fill(shapes):
+    """Weights that golden/teachers.npz was computed with: a function of each key's name (see its source's rule)."""
+    state = {}
+    for key, shape in shapes.items():
+        rng = np.random.RandomState(zlib.crc32(key.encode()))
+        if key.endswith("num_batches_tracked"):
+            value = np.zeros(shape, dtype=np.int64)
+        elif key.endswith("running_var"):
+            value = rng.uniform(0.5, 1.5, shape)
+        elif key.endswith(("running_mean", "bias")):
+            value = 0.1 * rng.randn(*shape)
+        elif len(shape) == 1:
+            value = rng.uniform(0.4, 0.8, shape)
+        else:
+            value = rng.randn(*shape) * np.sqrt(2 / np.prod(shape[1:]))
+        state[key] = torch.as_tensor(value) if key.endswith("tracked") else torch.as_tensor(value, dtype=torch.float32)
+    return state
+
+
+def run_script(name, *args, processes=1, cwd=ROOT, check=True):
+    """Run a script as a user does and return the finished process with its output as text."""
+    launch = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port", str(free_port())]
+    command = [sys.executable, *(launch if processes > 1 else []), str(ROOT / name), *map(str, args)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    if check:
+        assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def free_port():
+    """A TCP port that nothing listens on."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _process(rank, processes, port, function, path, args):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=str(port))  # fmt: skip
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    torch.save(function(*args), path / f"{rank}.pth")
+    torch.distributed.destroy_process_group()
+
+
+def on_processes(processes, function, tmp_path, *args):
+    """Results of function(*args) on every process of a gloo group, in the order of ranks."""
+    torch.multiprocessing.spawn(_process, (processes, free_port(), function, tmp_path, args), nprocs=processes)
+    return [torch.load(tmp_path / f"{rank}.pth") for rank in range(processes)]
+
+
+@pytest.fixture(scope="session")
+def teacher_file(tmp_path_factory):
+    """A short run of moco_v2.py on drawn images, as a user makes one; the path of its checkpoint."""
+    out = tmp_path_factory.mktemp("teacher")
+    run_script("moco_v2.py", "--data", "shapes:64", "--arch", "resnet8", "--image-size", 16, "--batch-size", 32,
+               "--queue-size", 64, "--dim", 16, "--epochs", 2, "--out", out)  # fmt: skip
+    return out / "checkpoint.pth"
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory):
+    """A folder in ImageNet's layout with real JPEG files: colour, grey, CMYK, tiny and of odd shape; and a PNG and a BMP."""
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    shapes = [(60, 80), (80, 60), (3, 2), (20, 200), (200, 20), (64, 64), (50, 70), (1, 1)]
+    modes = ["RGB", "L", "CMYK", "RGB", "RGB", "RGB", "P", "RGB"]
+    suffixes = ["jpg", "JPEG", "jpg", "jpg", "jpeg", "bmp", "png", "jpg"]
+    for split in ("train", "val"):
+        for name in ("ant", "bee"):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i, (shape, mode, suffix) in enumerate(zip(shapes, modes, suffixes, strict=True)):
+                pixels = rng.integers(0, 256, (*shape, 3), dtype=np.uint8)
+                Image.fromarray(pixels).convert(mode).save(folder / f"{i}.{suffix}")
+    return root

@@ -1,0 +1,349 @@
+"""Data, augmentation, networks, teacher files, processes and runs."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from conftest import GOLDEN, golden_fill, on_processes
+from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms.v2 import functional as TF
+
+import common
+
+CPU = torch.device("cpu")
+
+
+# --------------------------------------------------------------------------------------------------------- Augmentation
+
+
+def random_images(n, height, width):
+    """Smooth random images with full range, flat areas and exact greys among them: float (n, 3, height, width)."""
+    images = TF.resize(torch.rand(n, 3, 6, 7), [height, width], antialias=True)
+    images[0] = images[0].mean(0, keepdim=True)
+    images[1] = images[1].mul(4).sub(1.5).clamp(0, 1)
+    return images
+
+
+@pytest.mark.parametrize("height, width", [(40, 60), (20, 200), (7, 3)])
+def test_crop_boxes_have_torchvisions_distribution(height, width):
+    """Deciles of every coordinate, over many boxes, also where most tries do not fit and the centre crop is taken."""
+    torch.manual_seed(0)
+    image, count = torch.empty(3, height, width), 6000
+    theirs = np.array([RandomResizedCrop.get_params(image, (0.2, 1.0), (3 / 4, 4 / 3)) for _ in range(count)])
+    uniforms = np.random.default_rng(0).random((count, common.CROP_UNIFORMS))
+    ours = common.crop_boxes(uniforms, height, width, (0.2, 1.0))
+    assert (ours[:, :2] >= 0).all() and (ours[:, 2:] >= 1).all()
+    assert (ours[:, :2] + ours[:, 2:] <= [height, width]).all()
+    for i in range(4):
+        for value in np.unique(np.quantile(theirs[:, i], np.arange(0.1, 1, 0.1), method="nearest")):
+            assert abs((ours[:, i] <= value).mean() - (theirs[:, i] <= value).mean()) < 0.03
+    assert np.corrcoef(ours.T[2:])[0, 1] == pytest.approx(np.corrcoef(theirs.T[2:])[0, 1], abs=0.05, nan_ok=True)
+
+
+@pytest.mark.parametrize("size", [16, 33])
+def test_crop_and_resize_is_torchvisions_for_every_box(size):
+    images = random_images(40, 30, 42)
+    uniforms = np.random.default_rng(1).random((40, common.CROP_UNIFORMS))
+    boxes, flips = common.crop_boxes(uniforms, 30, 42, (0.05, 1.0)), common.flip_coins(uniforms)
+    assert 5 < flips.sum() < 35
+    ours = common.crop_and_resize(images, boxes, flips, size)
+    for image, box, flip, result in zip(images, boxes.tolist(), flips, ours, strict=True):
+        expected = TF.resized_crop(image, *box, [size, size], antialias=True)
+        torch.testing.assert_close(result, TF.horizontal_flip(expected) if flip else expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name, low, high", [
+    ("brightness", 0.6, 1.4), ("contrast", 0.6, 1.4), ("saturation", 0.6, 1.4), ("hue", -0.1, 0.1), ("hue", -0.5, 0.5),
+])  # fmt: skip
+def test_color_operations_are_torchvisions(name, low, high):
+    images = random_images(20, 16, 12)
+    factors = torch.linspace(low, high, 20)
+    ours = getattr(common, f"adjust_{name}")(images, factors.view(-1, 1, 1, 1))
+    for image, factor, result in zip(images, factors.tolist(), ours, strict=True):
+        torch.testing.assert_close(result, getattr(TF, f"adjust_{name}")(image, factor), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [32, 224])
+def test_blur_is_torchvisions(size):
+    images = random_images(6, size, size)
+    sigma = torch.linspace(0.1, 2.0, 6) * size / 224
+    taps = 2 * int(np.ceil(3 * 2.0 * size / 224)) + 1
+    ours = common.gaussian_blur(images, sigma.view(-1, 1, 1, 1))
+    for image, s, result in zip(images, sigma.tolist(), ours, strict=True):
+        torch.testing.assert_close(result, TF.gaussian_blur(image, [taps, taps], [s, s]), rtol=0, atol=1e-5)
+
+
+def test_color_augmentation_is_torchvisions_image_by_image():
+    """Whole chain on uint8 values: order, which images are touched, grey and blur; within a step of 1/255."""
+    images = (random_images(64, 24, 24) * 255).round() / 255
+    parameters = common.draw_color(np.random.default_rng(2), 64, 224)
+    operations = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
+    expected = []
+    for i, image in enumerate(images):
+        if parameters["jitter"][i]:
+            for operation in parameters["order"][i]:
+                image = operations[operation](image, parameters["factors"][i, operation])
+        if parameters["grey"][i]:
+            image = TF.rgb_to_grayscale(image, num_output_channels=3)
+        if parameters["blur"][i]:
+            image = TF.gaussian_blur(image, [3, 3], [parameters["sigma"][i]] * 2)
+        expected.append(image)
+    ours = common.augment_color(images.clone(), **parameters)
+    assert (ours - torch.stack(expected)).abs().max() <= 1 / 255
+    untouched = ~(parameters["jitter"] | parameters["grey"] | parameters["blur"])
+    assert untouched.any() and torch.equal(ours[untouched], images[untouched])
+
+
+def test_color_parameters_have_the_papers_distribution():
+    n = 20000
+    drawn = common.draw_color(np.random.default_rng(3), n, 224)
+    for name, probability in (("jitter", 0.8), ("grey", 0.2), ("blur", 0.5)):
+        assert drawn[name].mean() == pytest.approx(probability, abs=0.015)
+    for i, (low, high) in enumerate([(0.6, 1.4)] * 3 + [(-0.1, 0.1)]):
+        deciles = np.quantile(drawn["factors"][:, i], [0, 0.25, 0.5, 0.75, 1])
+        np.testing.assert_allclose(deciles, np.linspace(low, high, 5), atol=0.02)
+    np.testing.assert_allclose(np.quantile(drawn["sigma"], [0, 0.5, 1]), [0.1, 1.05, 2.0], atol=0.03)
+    orders, counts = np.unique(drawn["order"], axis=0, return_counts=True)
+    assert len(orders) == 24 and counts.min() > 0.8 * n / 24
+    small = common.draw_color(np.random.default_rng(3), n, 32)["sigma"]
+    np.testing.assert_allclose(small, drawn["sigma"] * 32 / 224)
+
+
+# ----------------------------------------------------------------------------------------------------------------- Data
+
+
+def loaded(dataset, batch_size, workers=0, step=0, stop=3):
+    """Views and labels of the first steps, all in one tensor each."""
+    views = [common.View(32), common.View(24, (0.05, 0.14), color=False)]
+    loader = common.Loader(dataset, views, batch_size, seed=5, workers=workers, device=CPU)
+    batches = list(loader.batches(step, stop))
+    return [torch.cat([views[i] for views, _ in batches]) for i in (0, 1)], torch.cat([labels for _, labels in batches])
+
+
+def loaded_folder(root):
+    return loaded(common.FolderDataset(root / "train"), 4, workers=common.rank())
+
+
+def loaded_shapes(root):
+    return loaded(common.load_dataset("shapes:48", None, "train", CPU)[0], 12)
+
+
+@pytest.mark.parametrize("function", [loaded_folder, loaded_shapes])
+def test_images_are_the_same_for_any_number_of_processes_and_workers(function, image_folder, tmp_path):
+    alone, labels = function(image_folder)
+    parts = on_processes(2, function, tmp_path, image_folder)
+    for i in (0, 1):  # step by step, the two shares make the batch
+        steps = [torch.cat(shares) for shares in zip(*(views[i].chunk(3) for views, _ in parts), strict=True)]
+        torch.testing.assert_close(torch.cat(steps), alone[i], rtol=0, atol=1e-6)
+    steps = [torch.cat(shares) for shares in zip(*(share.chunk(3) for _, share in parts), strict=True)]
+    assert torch.equal(torch.cat(steps), labels)
+
+
+def test_a_resumed_epoch_goes_on_with_the_same_images():
+    dataset = common.load_dataset("shapes:40", None, "train", CPU)[0]
+    (whole, _), _ = loaded(dataset, 10, stop=4)
+    (rest, _), _ = loaded(dataset, 10, step=2, stop=4)
+    assert torch.equal(rest, whole[20:])
+
+
+def test_views_and_epochs_differ_and_an_epoch_sees_every_image_once():
+    dataset = common.load_dataset("shapes:40", None, "train", CPU)[0]
+    dataset.labels = torch.arange(40)
+    loader = common.Loader(dataset, [common.View(32)] * 2, 10, seed=0, workers=0, device=CPU)
+    first, second = (list(loader.batches(step, 8)) for step in (0, 4))
+    order, other = (torch.cat([labels for _, labels in batches]) for batches in (first, second))
+    assert len(first) == len(loader) == 4 and sorted(order.tolist()) == sorted(other.tolist()) == list(range(40))
+    assert not torch.equal(order, other)
+    image = int(order[0])
+    views = [*first[0][0], second[int((other == image).nonzero()) // 10][0][0]]
+    rows = [views[0][0], views[1][0], views[2][int((other == image).nonzero()) % 10]]
+    assert all((rows[i] - rows[j]).abs().mean() > 0.01 for i, j in ((0, 1), (0, 2), (1, 2)))
+
+
+def test_folder_decodes_every_kind_of_file_and_crops_for_evaluation(image_folder):
+    from PIL import Image
+
+    dataset = common.FolderDataset(image_folder / "train")
+    assert len(dataset) == 16 and dataset.num_classes == 2 and dataset.classes == ["ant", "bee"]
+    (images,), labels = dataset[common.Job(np.arange(16), [common.View(28, scale=None)], None)]
+    assert images.dtype == torch.uint8 and images.shape == (16, 3, 28, 28) and labels.tolist() == [0] * 8 + [1] * 8
+    for path, image in zip(dataset.paths, images, strict=True):
+        rgb = TF.pil_to_tensor(Image.open(os.fsdecode(path)).convert("RGB"))
+        expected = TF.center_crop(TF.resize(rgb, [32], antialias=True), [28, 28])
+        assert (image.int() - expected.int()).abs().max() <= 1, path
+
+
+def test_shapes_are_balanced_repeatable_and_not_solved_by_pixels():
+    images, labels = common.draw_shapes(2000, 32, seed=0)
+    again, _ = common.draw_shapes(2000, 32, seed=0)
+    assert images.dtype == torch.uint8 and images.shape == (2000, 3, 32, 32) and torch.equal(images, again)
+    assert labels.bincount().tolist() == [200] * 10
+    test_images, test_labels = common.draw_shapes(500, 32, seed=1)
+    assert not (images[:500] == test_images).all(dim=(1, 2, 3)).any()
+    accuracy = common.knn_accuracy(images.flatten(1).float(), labels, test_images.flatten(1).float(), test_labels, [10], 10)
+    assert accuracy[10] < 30
+    assert common.load_dataset("shapes:30", None, "train", CPU, 48)[0].images.shape == (30, 3, 48, 48)
+
+
+def test_small_sets_come_out_as_one_tensor(tmp_path, monkeypatch):
+    """Each of torchvision's sets, its own class stood in for by one that gives what it stores: shapes, splits, labels."""
+
+    def stored(data, **labels):
+        def opener(root, download=False, **options):
+            split = options.get("split", "train" if options.get("train") else "test")
+            return type("Stored", (), {"data": data, **labels, "split": seen.append(split)})
+
+        return opener
+
+    seen, rng = [], np.random.default_rng(0)
+    hwc, chw = rng.integers(0, 256, (6, 32, 32, 3), np.uint8), rng.integers(0, 256, (6, 3, 96, 96), np.uint8)
+    sets = torchvision.datasets
+    monkeypatch.setattr(sets, "CIFAR10", stored(hwc, targets=[0, 1, 2, 3, 4, 9]))
+    monkeypatch.setattr(sets, "CIFAR100", stored(hwc, targets=[0, 1, 2, 3, 4, 99]))
+    monkeypatch.setattr(sets, "STL10", stored(chw, labels=np.array([-1] * 6)))
+    monkeypatch.setattr(sets, "FashionMNIST", stored(torch.from_numpy(hwc[..., 0]), targets=torch.arange(6)))
+    for name, size, classes in (("cifar10", 32, 10), ("cifar100", 32, 100), ("stl10", 96, 10), ("fashion_mnist", 32, 10)):
+        for split in ("pretrain", "train", "val"):
+            seen.clear()
+            dataset, image_size = common.load_dataset(name, tmp_path, split, CPU)
+            wanted = {"pretrain": "unlabeled"} if name == "stl10" else {"pretrain": "train"}
+            assert seen[-1] == {**wanted, "train": "train", "val": "test"}[split]
+            assert image_size == size and dataset.num_classes == classes
+            assert dataset.images.shape[:2] == (6, 3) and dataset.images.dtype == torch.uint8
+    assert (dataset.images[0, 0] == dataset.images[0, 2]).all()  # grey, from Fashion-MNIST
+    cifar = common.load_dataset("cifar10", tmp_path, "train", CPU)[0].images
+    assert (cifar.permute(0, 2, 3, 1).numpy() == hwc).all()
+
+
+# ------------------------------------------------------------------------------------------------------------- Networks
+
+FAMILIES = [
+    "resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2", "efficientnet_b0", "efficientnet_v2_s", "mobilenet_v2",
+    "mobilenet_v3_large", "mobilenet_v3_small", "shufflenet_v2_x1_0", "mnasnet1_0", "regnet_y_400mf", "densenet121",
+    "convnext_tiny", "vgg11_bn", "squeezenet1_1", "googlenet", "swin_t", "resnet8", "resnet20",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", FAMILIES)
+def test_backbones_of_every_family(arch):
+    """Features of the promised size, the same in train mode with the same statistics (no dropout), gradients everywhere."""
+    torch.manual_seed(0)
+    backbone = common.build_backbone(arch, 224)
+    images = torch.randn(2, 3, 64, 64)
+    features = backbone(images)
+    assert features.shape == (2, backbone.feature_dim)
+    features.sum().backward()
+    assert all(p.grad is not None for p in backbone.parameters())
+    assert all(getattr(module, "p", 0) == 0 for module in backbone.modules())
+    if arch in torchvision.models.list_models():
+        state = backbone.state_dict()
+        options = {"aux_logits": False, "init_weights": False} if arch == "googlenet" else {}
+        missing, unexpected = torchvision.models.get_model(arch, **options).load_state_dict(state, strict=False)
+        assert not unexpected and {key.rpartition(".")[0] for key in missing} == {backbone.classifier_name}
+
+
+def test_every_torchvision_name_builds():
+    with torch.device("meta"):
+        for arch in common.network_names():
+            if "regnet" not in arch:  # these compute their widths, which needs real tensors
+                assert common.build_backbone(arch).feature_dim >= 64
+
+
+def test_small_images_get_a_small_stem():
+    small, large = common.build_backbone("resnet18", 32), common.build_backbone("resnet18", 33)
+    assert small.conv1.weight.shape == (64, 3, 3, 3) and small.conv1.stride == (1, 1)
+    assert large.conv1.weight.shape == (64, 3, 7, 7)
+    assert small.layer1(small.maxpool(small.conv1(torch.randn(1, 3, 32, 32)))).shape == (1, 64, 32, 32)
+
+
+@pytest.mark.parametrize("arch, parameters", [("resnet8", 78_042), ("resnet20", 272_474), ("resnet110", 1_730_714)])
+def test_cifar_resnets_have_the_known_size(arch, parameters):
+    """Parameters of the ten-class networks: those of He et al. (2016), table 6, and projection shortcuts."""
+    backbone = common.build_backbone(arch)
+    assert sum(p.numel() for p in backbone.parameters()) + 650 == parameters
+
+
+@pytest.mark.parametrize("name", ["moco_v2_resnet50", "moco_v2_resnet18"])
+@pytest.mark.parametrize("told", [True, False])
+def test_released_teachers_give_the_golden_embedding(name, told, tmp_path):
+    layout = json.loads((GOLDEN / "teachers.json").read_text())[name]
+    vectors = np.load(GOLDEN / "teachers.npz")
+    shapes = {k: v for k, v in layout["state_dict"].items() if not k.endswith("queue")}
+    arch = {"arch": name.rpartition("_")[2]} if told else {}
+    torch.save({"epoch": 200, **arch, "state_dict": golden_fill(shapes), "optimizer": {}}, tmp_path / "teacher.pth.tar")
+    teacher = common.load_teacher(tmp_path / "teacher.pth.tar")
+    images = torch.from_numpy(vectors["images"])
+    with torch.no_grad():
+        embedding = torch.nn.functional.normalize(teacher(images), dim=1)
+        features = teacher.features(images)
+    np.testing.assert_allclose(embedding, vectors[f"{name}.embedding"], atol=2e-4)
+    np.testing.assert_allclose(features, vectors[f"{name}.features"], rtol=1e-3, atol=1e-3)
+    assert not teacher.training and not any(p.requires_grad for p in teacher.parameters()) and teacher.dim == 128
+
+
+def test_a_backbone_file_alone_tells_its_network(tmp_path):
+    for arch, size in (("resnet8", 32), ("resnet18", 32), ("resnet18", 64), ("mobilenet_v3_small", 64)):
+        backbone = common.build_backbone(arch, size).eval()
+        torch.save(backbone.state_dict(), tmp_path / "backbone.pth")
+        loaded = common.load_teacher(tmp_path / "backbone.pth")
+        images = torch.randn(2, 3, size, size)
+        assert torch.equal(loaded(images), backbone(images)) and loaded.dim == backbone.feature_dim
+
+
+def test_a_labelled_file_of_torchvision_loads_without_its_classifier(tmp_path):
+    network = torchvision.models.resnet18().eval()
+    torch.save(network.state_dict(), tmp_path / "resnet18.pth")
+    loaded = common.load_teacher(tmp_path / "resnet18.pth")
+    images = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(network.fc(loaded(images)), network(images))
+
+
+# ----------------------------------------------------------------------------------------------- Processes, evaluation
+
+
+def dealt():
+    x = torch.arange(6.0).view(3, 2) + 10 * common.rank()
+    return common.gather(x), common.shuffle(x), common.unshuffle(common.shuffle(x))
+
+
+def test_shuffle_deals_the_batch_out_and_back(tmp_path):
+    (everything, first, back), (everything1, second, back1) = on_processes(2, dealt, tmp_path)
+    assert torch.equal(everything, everything1) and everything[:, 0].tolist() == [0, 2, 4, 10, 12, 14]
+    assert first[:, 0].tolist() == [0, 4, 12] and second[:, 0].tolist() == [2, 10, 14]
+    assert torch.equal(back, everything) and torch.equal(back1, everything)
+
+
+def features_of_shapes():
+    torch.manual_seed(0)
+    encoder = common.Encoder(common.build_backbone("resnet8"), torch.nn.Identity())
+    dataset, size = common.load_dataset("shapes:37", None, "train", CPU)
+    features, labels = common.extract_features(encoder, dataset, size, 8, 0, CPU)
+    return features, labels, encoder.training
+
+
+def test_features_are_complete_and_in_order_on_any_number_of_processes(tmp_path):
+    alone, labels, training = features_of_shapes()
+    assert alone.shape == (37, 64) and torch.equal(labels, common.draw_shapes(37, 32, 0)[1]) and training
+    for features, same_labels, _ in on_processes(2, features_of_shapes, tmp_path):
+        torch.testing.assert_close(features, alone, rtol=1e-5, atol=1e-6)
+        assert torch.equal(labels, same_labels)
+
+
+@pytest.mark.parametrize("temperature", [None, 0.07])
+def test_knn_counts_votes_as_written_out(temperature):
+    torch.manual_seed(0)
+    train, train_labels = torch.randn(50, 4), torch.randint(5, (50,))
+    query, labels = torch.randn(30, 4), torch.randint(5, (30,))
+    right = dict.fromkeys((1, 7, 50), 0)
+    for x, label in zip(query, labels, strict=True):
+        similarity = torch.cosine_similarity(train, x[None])
+        for k in right:
+            votes = [0.0] * 5
+            for j in similarity.argsort(descending=True)[:k].tolist():
+                votes[train_labels[j]] += 1 if temperature is None else np.exp(similarity[j] / temperature).item()
+            right[k] += votes.index(max(votes)) == label
+    ours = common.knn_accuracy(train, train_labels, query, labels, [1, 7, 50], 5, temperature)
+    assert ours == pytest.approx({k: 100 * n / 30 for k, n in right.items()})

@@ -1,0 +1,167 @@
+"""DisCo is the authors' DisCo, on one process and on several, and runs from end to end."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN, assert_close_state, golden_encoder, on_processes, run_script
+from torch.nn.parallel import DistributedDataParallel
+
+import common
+from disco import DisCo, distill_loss
+
+
+def golden_model(vectors, **options):
+    model = DisCo(
+        golden_encoder(vectors, "init_student"),
+        golden_encoder(vectors, "init_teacher"),
+        dim=int(vectors["meta_dim"]),
+        queue_size=int(vectors["meta_queue_size"]),
+        momentum=float(vectors["meta_momentum"]),
+        temperature=float(vectors["meta_temperature"]),
+        distill_weight=float(vectors["meta_batch"]),  # the released code sums over the batch
+        teacher_bn={"train": "batch", "eval": "running"}[str(vectors["meta_teacher_bn"])],
+        **options,
+    )
+    if model.contrastive:
+        model.queue.copy_(torch.from_numpy(vectors["init_queue"]))
+    return model
+
+
+def train(model, vectors, steps, share=slice(None)):
+    """The golden experiment's loop, with its optimiser; returns the losses of every step."""
+    parallel = DistributedDataParallel(model, broadcast_buffers=False) if common.world_size() > 1 else model
+    optimizer = torch.optim.SGD(
+        model.student.parameters(), float(vectors["meta_lr"]), momentum=0.9, weight_decay=1e-4, fused=True
+    )
+    history = []
+    for view1, view2 in torch.from_numpy(vectors["images"][:steps]):
+        losses, keys = parallel(view1[share], view2[share])
+        optimizer.zero_grad()
+        losses["loss"].backward()
+        optimizer.step()
+        model.enqueue(keys)
+        history.append({name: common.gather(loss.detach()[None]).mean().item() for name, loss in losses.items()})
+    return history
+
+
+@pytest.fixture(params=["batch", "running"])
+def vectors(request):
+    return dict(np.load(GOLDEN / f"disco_teacher_bn_{request.param}.npz"))
+
+
+def test_golden_trajectory(vectors):
+    model = golden_model(vectors)
+    history = train(model, vectors, 10)
+    np.testing.assert_allclose([step["contrastive"] for step in history], vectors["contrastive_loss"], rtol=2e-4)
+    released = (vectors["distill_loss_view1_sum"] + vectors["distill_loss_view2_sum"]) / vectors["meta_batch"]
+    np.testing.assert_allclose([step["distill"] for step in history], released, rtol=2e-4)
+    total = vectors["contrastive_loss"] + vectors["distill_loss_view1_sum"] + vectors["distill_loss_view2_sum"]
+    np.testing.assert_allclose([step["loss"] for step in history], total, rtol=2e-4)
+    assert_close_state(model.student, vectors, "final_student")
+    assert_close_state(model.mean_student, vectors, "final_mean_student")
+    np.testing.assert_allclose(model.queue, vectors["final_queue"], atol=2e-4)
+    assert model.queue_ptr == vectors["final_queue_ptr"]
+
+
+def test_teacher_stays_bit_identical(vectors):
+    model = golden_model(vectors)
+    before = {name: value.clone() for name, value in model.teacher.state_dict().items()}
+    train(model, vectors, 3)
+    for name, value in model.teacher.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_gradients_reach_the_student_alone(vectors):
+    model = golden_model(vectors)
+    losses, keys = model(*torch.from_numpy(vectors["images"][0]))
+    losses["loss"].backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.student.parameters())
+    assert all(p.grad is None for net in (model.mean_student, model.teacher) for p in net.parameters())
+    assert not keys.requires_grad
+
+
+def test_distill_loss_is_averaged_over_images():
+    student, teacher = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[-1.0, 0.0], [0.0, 1.0]])
+    assert distill_loss(student, teacher) == 2.0  # (4 + 0) / 2
+
+
+def test_distillation_alone_has_no_queue_and_no_mean_student():
+    vectors = dict(np.load(GOLDEN / "disco_teacher_bn_running.npz"))
+    model = golden_model(vectors, contrastive=False)
+    assert {name.partition(".")[0] for name in model.state_dict()} == {"student", "teacher"}
+    first = train(model, vectors, 3)[0]
+    released = vectors["distill_loss_view1_sum"][0] + vectors["distill_loss_view2_sum"][0]
+    assert first["loss"] == pytest.approx(released, rel=2e-4) and "contrastive" not in first
+
+
+def share_of_training(training):
+    """Three golden steps on this process's share of each batch; what every process ends with."""
+    torch.manual_seed(0)
+    vectors = dict(np.load(GOLDEN / "disco_teacher_bn_running.npz"))
+    model = golden_model(vectors).train(training)
+    share = len(vectors["images"][0, 0]) // common.world_size()
+    history = train(model, vectors, 3, slice(common.rank() * share, (common.rank() + 1) * share))
+    return history, {k: v for k, v in model.state_dict().items() if "running" not in k}
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_two_processes(training, tmp_path):
+    """With BatchNorm in eval mode two processes do what one does; in train mode they stay equal to each other."""
+    (history, state), (history1, state1) = on_processes(2, share_of_training, tmp_path, training)
+    assert history == history1
+    for name in state:
+        torch.testing.assert_close(state[name], state1[name], rtol=0, atol=0)
+    alone, alone_state = share_of_training(training)
+    if training:  # other companions in BatchNorm: close, but not equal
+        assert history != alone
+    else:
+        for step, alone_step in zip(history, alone, strict=True):
+            assert step == pytest.approx(alone_step, rel=1e-5)
+        for name in state:
+            torch.testing.assert_close(state[name], alone_state[name], rtol=1e-4, atol=1e-5)
+
+
+def test_the_users_line_on_jpeg_files(tmp_path, image_folder, teacher_file):
+    """torchrun on two processes, ImageNet's layout under data/imagenet, the teacher's network read from its file."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "imagenet").symlink_to(image_folder)
+    run_script("disco.py", "--teacher", teacher_file, "--student", "efficientnet_b0", "--epochs", 1, "--batch-size", 8,
+               "--image-size", 32, "--workers", 2, processes=2, cwd=tmp_path)  # fmt: skip
+    out = tmp_path / "runs" / "disco"
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["step"] == 2 and log[-1]["distill"] > 0
+    arguments = json.loads((out / "config.json").read_text())["arguments"]
+    assert (arguments["queue_size"], arguments["hidden_dim"], arguments["lr"]) == (65536, 2048, 0.03)
+    from torchvision.models import efficientnet_b0
+
+    missing = efficientnet_b0().load_state_dict(torch.load(out / "backbone.pth", weights_only=True), strict=False)
+    assert set(missing.missing_keys) == {"classifier.1.weight", "classifier.1.bias"} and not missing.unexpected_keys
+
+
+def test_script_gives_the_same_run_on_one_process_and_on_two(tmp_path, teacher_file):
+    """SqueezeNet has no BatchNorm: images, losses and weights of two processes are those of one."""
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for processes, folder in enumerate(folders, 1):
+        run_script("disco.py", "--data", "shapes:60", "--image-size", 32, "--teacher", teacher_file, "--student",
+                   "squeezenet1_1", "--batch-size", 12, "--queue-size", 30, "--epochs", 1, "--out", folder, processes=processes)  # fmt: skip
+    one, two = ([json.loads(line) for line in (f / "log.jsonl").read_text().splitlines()] for f in folders)
+    for line, other in zip(one, two, strict=True):
+        del line["images_per_second"], other["images_per_second"]
+        assert line == pytest.approx(other, rel=1e-4)
+    one, two = (torch.load(folder / "backbone.pth", weights_only=True) for folder in folders)
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-5)
+
+
+def test_resume_inside_an_epoch_ends_with_the_same_bits(tmp_path, teacher_file):
+    line = ["disco.py", "--data", "shapes:100", "--teacher", teacher_file, "--student", "resnet8", "--image-size", 16,
+            "--batch-size", 32, "--queue-size", 50, "--epochs", 2, "--teacher-bn", "batch", "--out"]  # fmt: skip
+    run_script(*line, tmp_path / "whole")
+    for stop in (2, 6):
+        run_script(*line, tmp_path / "parts", "--max-steps", stop)
+    first, second = (torch.load(tmp_path / f / "checkpoint.pth", weights_only=True)["model"] for f in ("whole", "parts"))
+    assert first.keys() == second.keys() and not any(name.startswith("teacher.") for name in first)
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name

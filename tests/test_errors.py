@@ -1,0 +1,150 @@
+"""A user's mistake ends with exit code 2 and one line that names the thing and the way out."""
+
+import importlib
+import os
+import sys
+
+import pytest
+import torch
+from conftest import run_script
+
+import common
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch, image_folder, teacher_file):
+    """A working folder with an image folder, a teacher and files that are none."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    (tmp_path / "images").symlink_to(image_folder)
+    (tmp_path / "teacher.pth").symlink_to(teacher_file)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "no_images" / "train" / "ant").mkdir(parents=True)
+    (tmp_path / "broken" / "train" / "ant").mkdir(parents=True)
+    (tmp_path / "broken" / "train" / "ant" / "bad.jpg").write_bytes(b"\xff\xd8\xff no image")
+    (tmp_path / "text.pth").write_text("not a checkpoint")
+    (tmp_path / "cut.pth").write_bytes(teacher_file.read_bytes()[:10000])
+    torch.save({"model": {"encoder.backbone.conv1.weight": torch.zeros(4, 3, 3, 3)}}, tmp_path / "strange.pth")
+    torch.save({"epoch": 3}, tmp_path / "no_weights.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    torch.save({"arch": Code("touch ran.txt")}, tmp_path / "code.pth")
+    half = torch.load(teacher_file, weights_only=True)
+    del half["model"]["encoder.backbone.bn1.weight"]
+    torch.save(half, tmp_path / "half.pth")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "other_run").mkdir()
+    (tmp_path / "other_run" / "backbone.pth").write_text("someone's")
+    return tmp_path
+
+
+class Code:
+    """What runs a command when it is unpickled."""
+
+    def __init__(self, command):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+MOCO = "moco_v2.py --data shapes:64 --arch resnet8 --image-size 16 --batch-size 16 --queue-size 32 --epochs 1"
+DISCO = "disco.py --data shapes:64 --student resnet8 --image-size 16 --batch-size 16 --queue-size 32 --epochs 1 --teacher"
+EVAL = "linear_eval.py --data shapes:64 --image-size 16 --batch-size 16 --knn 5 --epochs 1"
+MISTAKES = {
+    "disco.py --student resnet8": ["--teacher"],
+    "disco.py --teacher teacher.pth": ["--student"],
+    "disco.py --teacher teacher.pth --student resnet8": ["data/imagenet", "--data"],
+    f"{DISCO} missing.pth": ["missing.pth"],
+    f"{DISCO} empty": ["empty"],
+    f"{DISCO} text.pth": ["text.pth", "not a checkpoint"],
+    f"{DISCO} cut.pth": ["cut.pth"],
+    f"{DISCO} code.pth": ["code.pth", "could run code"],
+    f"{DISCO} strange.pth": ["strange.pth", "conv1.weight [4, 3, 3, 3]", "MoCo v2"],
+    f"{DISCO} no_weights.pth": ["no_weights.pth"],
+    f"{DISCO} list.pth": ["list.pth"],
+    f"{DISCO} half.pth": ["half.pth", "bn1.weight"],
+    f"{DISCO} teacher.pth --teacher-arch resnet20": ["teacher.pth as resnet20", "missing"],
+    f"{DISCO} teacher.pth --student efficientnet_b9": ["efficientnet_b9", "did you mean efficientnet_b"],
+    f"{DISCO} teacher.pth --teacher-bn train": ["train", "running"],
+    f"{DISCO} teacher.pth --distill-weight -1": ["--distill-weight", "-1"],
+    f"{DISCO} teacher.pth --hidden-dim 0": ["--hidden-dim", "0"],
+    f"{DISCO} teacher.pth --out file": ["file", "--out"],
+    f"{DISCO} teacher.pth --out other_run": ["backbone.pth", "--out"],
+    f"{MOCO} --data nowhere": ["nowhere", "--data"],
+    f"{MOCO} --data empty": ["empty/train", "--data"],
+    f"{MOCO} --data no_images": ["no_images/train", "ant"],
+    f"{MOCO} --data broken --batch-size 1 --workers 0": ["broken/train/ant/bad.jpg", "remove"],
+    f"{MOCO} --data broken --batch-size 1 --workers 1": ["broken/train/ant/bad.jpg", "remove"],
+    f"{MOCO} --data shapes:many": ["shapes:many", "shapes:2000"],
+    f"{MOCO} --data shapes:5": ["shapes:5"],
+    f"{MOCO} --data cifar10 --data-root file": ["cifar10", "--data-root"],
+    f"{MOCO} --arch resnet9": ["resnet9", "did you mean"],
+    f"{MOCO} --arch xyz": ["xyz", "torchvision"],
+    f"{MOCO} --arch vgg11": ["vgg11", "16", "--image-size"],
+    f"{MOCO} --batch-size 100": ["--batch-size 100", "64"],
+    f"{MOCO} --batch-size many": ["--batch-size", "many"],
+    f"{MOCO} --lr 0": ["--lr", "0"],
+    f"{MOCO} --lr nan": ["--lr", "nan"],
+    f"{MOCO} --momentum 2": ["--momentum", "2"],
+    f"{MOCO} --weight-decay -1": ["--weight-decay", "-1"],
+    f"{MOCO} --workers -1": ["--workers", "-1"],
+    f"{MOCO} --queue 5 --colour": ["--colour"],
+    f"{EVAL} --weights": ["--weights"],
+    f"{EVAL} --weights missing.pth": ["missing.pth"],
+    f"{EVAL} --weights random": ["random", "--arch"],
+    f"{EVAL} --weights torchvision --arch resnet8": ["resnet8"],
+    f"{EVAL} --weights teacher.pth --knn 200": ["--knn 200", "64"],
+    f"{EVAL} --weights teacher.pth --batch-size 100": ["--batch-size 100"],
+    f"{EVAL} --weights teacher.pth teacher.pth": ["teacher.pth", "twice"],
+}
+
+
+@pytest.mark.parametrize("line", MISTAKES)
+def test_a_mistake_is_told_in_one_line(line, folder, monkeypatch, capfd):
+    script, *arguments = line.split()
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    with pytest.raises(SystemExit) as stop:
+        common.run_script(importlib.import_module(script.removesuffix(".py")).main)
+    told = [line for line in capfd.readouterr().err.splitlines() if "img/s" not in line and "img [" not in line]
+    assert stop.value.code == 2
+    assert len(told) == 1 and told[0].startswith(f"{script}: error: "), told
+    for word in MISTAKES[line]:
+        assert word in told[0], told[0]
+    assert not (folder / "ran.txt").exists()
+    assert (folder / "other_run" / "backbone.pth").read_text() == "someone's"
+
+
+def test_another_run_in_the_same_folder_is_refused_and_named(folder, monkeypatch, capfd):
+    def run(line):
+        monkeypatch.setattr(sys, "argv", line.split())
+        common.run_script(importlib.import_module(line.split(".")[0]).main)
+
+    run(MOCO + " --out run")
+    run(MOCO + " --out run --workers 3")  # does not change the result
+    before = (folder / "run" / "checkpoint.pth").read_bytes()
+    capfd.readouterr()
+    for other, words in ((" --lr 0.5", ["lr 0.03 there, 0.5 here"]), (" --queue-size 20", ["queue-size 32 there, 20 here"])):
+        with pytest.raises(SystemExit):
+            run(MOCO + " --out run" + other)
+        told = capfd.readouterr().err
+        assert all(word in told for word in ["run holds another run", *words])
+    assert (folder / "run" / "checkpoint.pth").read_bytes() == before
+
+
+@pytest.mark.parametrize("line, words", [
+    (f"{MOCO} --batch-size 15", ["--batch-size 15", "2 processes"]),
+    (f"{MOCO} --arch resnet9", ["resnet9"]),
+    (f"{MOCO} --lr hot", ["--lr", "hot"]),
+    (f"{DISCO} missing.pth", ["missing.pth"]),
+])  # fmt: skip
+def test_two_processes_tell_a_mistake_once(line, words, folder):
+    done = run_script(*line.split(), processes=2, cwd=folder, check=False)
+    told = [line for line in done.stderr.splitlines() if ": error: " in line]
+    assert done.returncode != 0 and "exitcode  : 2" in done.stderr and len(told) == 1
+    assert all(word in told[0] for word in words)
+    assert done.stderr.count("Traceback") == done.stderr.count("ChildFailedError(") == 1  # torchrun's own report
+
+
+def test_exit_code_is_2_from_the_shell(tmp_path):
+    done = run_script("disco.py", "--teacher", "none.pth", "--student", "resnet8", cwd=tmp_path, check=False)
+    assert done.returncode == 2 and done.stderr == "disco.py: error: no file none.pth\n"
