@@ -171,7 +171,7 @@ def common_parser(script, docstring, *, epochs, batch_size, lr, weight_decay):
     add("--weight-decay", type=number(float, 0), default=weight_decay, help="default %(default)s, the paper's")
     if lr is not None:
         add("--lr", type=positive_float, default=lr, help="learning rate (default %(default)s, for the default batch)")
-    add("--seed", type=number(int, 0), default=0, help="of initial weights, order and augmentation (default %(default)s)")
+    add("--seed", type=number(int, 0), default=0, help="of weights, order and augmentation (default %(default)s)")
     add("--workers", type=number(int, 0), default=8, help="decoding processes a GPU, for folders (default %(default)s)")
     add("--out", default=f"runs/{script}", help="the run's folder (default %(default)s)")
     add("--amp", choices=list(AMP), default="off", help="mixed precision (default %(default)s, as in the papers)")
@@ -329,55 +329,55 @@ def shapes_count(data):
 
 
 SHAPES = {  # signed distance of points (u, v), in units of the shape's radius, to its edge; negative inside
-    "disc": lambda u, v: np.hypot(u, v) - 0.9,
-    "square": lambda u, v: np.maximum(abs(u), abs(v)) - 0.8,
-    "triangle": lambda u, v: np.maximum(v, abs(u) * 0.866 - v * 0.5) - 0.5,
-    "cross": lambda u, v: np.minimum(np.maximum(abs(u) - 1, abs(v) - 0.33), np.maximum(abs(u) - 0.33, abs(v) - 1)),
-    "ring": lambda u, v: abs(np.hypot(u, v) - 0.72) - 0.26,
+    "disc": lambda u, v: np.hypot(u, v) - 1,
+    "cross": lambda u, v: np.minimum(np.maximum(abs(u) - 1, abs(v) - 0.45), np.maximum(abs(u) - 0.45, abs(v) - 1)),
 }
-TEXTURES = {  # sign of a pattern over the shape
-    "stripes": lambda u, v: np.sin(7 * u),
-    "checks": lambda u, v: np.sin(7 * u) * np.sin(7 * v),
+TEXTURES = {  # a pattern over points (u, v), of period 2 pi; one ink where positive, another where negative
+    "stripes": lambda u, v: np.sin(u),
+    "checks": lambda u, v: 1.5 * np.sin(u) * np.sin(v),
+    "dots": lambda u, v: np.cos(u) + np.cos(v) - 0.7,
+    "waves": lambda u, v: np.sin(u + 1.5 * np.sin(v)),
+    "mesh": lambda u, v: np.maximum(np.cos(u), np.cos(v)) - 0.6,
 }
 
 
 def draw_shapes(count, size, seed):
     """Draw the built-in set: uint8 images (count, 3, size, size) and labels (count,) in ten classes of equal size.
 
-    A class is a shape with a texture. Position, angle, scale, background and noise vary freely. Colours come from one
-    palette and are only jittered: were they free, a contrastive loss would tell images apart by colour and learn
-    nothing else.
+    A class is a shape with a texture. Position, angle, scale, the texture's phase and period, background and noise vary
+    freely. Colours come from one palette and are only jittered: were they free, a contrastive loss would tell images
+    apart by colour and learn nothing else.
     """
-    rng = np.random.default_rng([seed, 2104])
-    labels = np.arange(count) % (len(SHAPES) * len(TEXTURES))
     images = np.empty((count, 3, size, size), dtype=np.uint8)
+    labels = np.arange(count) % (len(SHAPES) * len(TEXTURES))
+    rng = np.random.default_rng([seed, 2104])
+    rng.shuffle(labels)
     palette = np.array([[0.85, 0.65, 0.35], [0.25, 0.35, 0.60], [0.50, 0.50, 0.45], [0.40, 0.45, 0.55]])
-    grid = (np.arange(size) + 0.5) / size - 0.5
-    for start in range(0, count, 1000):
-        part = labels[start : start + 1000]
+    grid = ((np.arange(size) + 0.5) / size - 0.5).astype(np.float32)
+    for start in range(0, count, 1000):  # a thousand images at a time, to keep memory small
+        shape, texture = np.divmod(labels[start : start + 1000], len(TEXTURES))
 
-        def per_image(low, high, *shape, n=len(part)):
-            return rng.uniform(low, high, (n, *(shape or (1, 1)))).astype(np.float32)
+        def vary(low, high, *dims, count=shape.size):
+            return rng.uniform(low, high, (count, *(dims or (1, 1)))).astype(np.float32)
 
-        x, y = grid[None, None, :] - per_image(-0.1, 0.1), grid[None, :, None] - per_image(-0.1, 0.1)
-        angle, radius, phase = per_image(0, 2 * np.pi), per_image(0.3, 0.46), per_image(-1, 1)
+        x, y = grid - vary(-0.1, 0.1), grid[:, None] - vary(-0.1, 0.1)
+        angle, radius, frequency = vary(0, 2 * np.pi), vary(0.36, 0.48), vary(6, 10)
         u = (np.cos(angle) * x + np.sin(angle) * y) / radius
         v = (np.cos(angle) * y - np.sin(angle) * x) / radius
+        pattern_u, pattern_v = frequency * u + vary(-np.pi, np.pi), frequency * v + vary(-np.pi, np.pi)
         distance, pattern = np.empty_like(u), np.empty_like(u)
-        for i, sdf in enumerate(SHAPES.values()):
-            distance[part // 2 == i] = sdf(u[part // 2 == i], v[part // 2 == i])
-        for i, texture in enumerate(TEXTURES.values()):
-            pattern[part % 2 == i] = texture(u[part % 2 == i] + phase[part % 2 == i], v[part % 2 == i])
+        for i, edge in enumerate(SHAPES.values()):
+            distance[shape == i] = edge(u[shape == i], v[shape == i])
+        for i, wave in enumerate(TEXTURES.values()):
+            pattern[texture == i] = wave(pattern_u[texture == i], pattern_v[texture == i])
         inside = np.clip(0.5 - distance * radius * size, 0, 1)[:, None]  # edges one pixel soft
         ink = np.clip(0.5 + 2 * pattern, 0, 1)[:, None]
-        slope = per_image(-0.3, 0.3) * grid[None, None, :] + per_image(-0.3, 0.3) * grid[None, :, None]
-        shade = np.clip(0.5 + slope, 0, 1)[:, None]
-        light, dark, ground1, ground2 = (c[None, :, None, None] + per_image(-0.03, 0.03, 3, 1, 1) for c in palette)
+        shade = np.clip(0.5 + vary(-0.3, 0.3) * grid + vary(-0.3, 0.3) * grid[:, None], 0, 1)[:, None]
+        light, dark, ground1, ground2 = (color[:, None, None] + vary(-0.05, 0.05, 3, 1, 1) for color in palette)
         image = inside * (ink * light + (1 - ink) * dark) + (1 - inside) * (shade * ground1 + (1 - shade) * ground2)
-        image = image + per_image(0.02, 0.08, 1, 1, 1) * rng.standard_normal(image.shape, dtype=np.float32)
-        images[start : start + 1000] = (np.clip(image, 0, 1) * 255).round()
-    order = rng.permutation(count)
-    return torch.from_numpy(images[order]), torch.from_numpy(labels[order])
+        image += vary(0.02, 0.06, 1, 1, 1) * rng.standard_normal(image.shape, dtype=np.float32)
+        images[start : start + 1000] = (image.clip(0, 1) * 255).round()
+    return torch.from_numpy(images), torch.from_numpy(labels)
 
 
 # --------------------------------------------------------------------------------------------------------- Augmentation
@@ -630,6 +630,8 @@ class CifarResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if isinstance(module, torchvision.models.resnet.BasicBlock):
+                nn.init.zeros_(module.bn2.weight)  # a block starts as the identity: deep ones then train from the start
 
     @staticmethod
     def stage(in_channels, channels, blocks, stride):
@@ -647,8 +649,7 @@ class CifarResNet(nn.Module):
 
 def network_names():
     """Names that `build_backbone` takes: torchvision's classification networks and CIFAR's resnet8 to resnet110."""
-    names = torchvision.models.list_models(module=torchvision.models)
-    return sorted(names, key=lambda name: "regnet" in name) + [f"resnet{depth}" for depth in CIFAR_DEPTHS]
+    return torchvision.models.list_models(module=torchvision.models) + [f"resnet{depth}" for depth in CIFAR_DEPTHS]
 
 
 def build_backbone(arch, image_size=224):
@@ -669,7 +670,10 @@ def build_backbone(arch, image_size=224):
         options = {"image_size": image_size} if arch.startswith("vit_") else {}
         if arch in ("googlenet", "inception_v3"):
             options = {"aux_logits": False, "init_weights": False}
-        network = torchvision.models.get_model(arch, **options)
+        try:
+            network = torchvision.models.get_model(arch, **options)
+        except AssertionError as error:  # a transformer's patches
+            raise UserError(f"{arch} does not take images of {image_size} pixels ({error})") from None
         if isinstance(network, torchvision.models.ResNet) and image_size <= 32:
             network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
             nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
@@ -813,11 +817,11 @@ def build_head(path, state):
 
 def recognize(path, state, image_size):
     """Name of the architecture whose keys and shapes are those of a state dict, classifier aside."""
+    regnet = any("trunk_output" in key for key in state)
     for name in network_names():
-        try:
-            with torch.device("meta"):
-                network = build_backbone(name, image_size)
-        except NotImplementedError:  # RegNets compute their widths with tensors
+        if ("regnet" in name) != regnet or (name.startswith("vit_") and image_size <= 32):
+            continue
+        with torch.device("cpu" if regnet else "meta"):  # RegNets compute their widths with real tensors
             network = build_backbone(name, image_size)
         found = {key: value.shape for key, value in without_classifier(state, network).items()}
         if found == {key: value.shape for key, value in network.state_dict().items()}:
@@ -848,9 +852,9 @@ def load_exactly(module, state, what):
         "left over": state.keys() - own.keys(),
         "of another shape": {key for key in own.keys() & state.keys() if own[key].shape != state[key].shape},
     }
-    told = [f"{fault}: {', '.join(sorted(keys)[:3])}{', ...' * (len(keys) > 3)}" for fault, keys in faults.items() if keys]
+    told = [f"{fault}: {', '.join(sorted(keys)[:3])}" for fault, keys in faults.items() if keys]
     if told:
-        raise UserError(f"{what} does not fit; {'; '.join(told)}")
+        raise UserError(f"{what} does not fit; for example {'; '.join(told)}")
     module.load_state_dict(state)
 
 
@@ -946,7 +950,9 @@ class Run:
         config = {
             "script": script,
             "arguments": arguments,
-            "versions": {"python": platform.python_version(), **{m.__name__: m.__version__ for m in (torch, torchvision)}},
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
             "git_commit": git_commit(),
             "processes": world_size(),
         }

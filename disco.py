@@ -74,7 +74,7 @@ class DisCo(nn.Module):
         self.teacher.eval()
         for module in self.teacher.modules():
             if self.teacher_bn == "batch" and isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.train(mode).track_running_stats = False  # takes the batch's statistics, keeps its own as they are
+                module.train(mode).track_running_stats = False  # batch statistics in, its own left as they are
         return self
 
     def forward(self, view1, view2):
@@ -131,9 +131,7 @@ def main():
     model = DisCo(student, teacher, teacher.dim, args.queue_size, args.momentum, args.temperature,
                   args.distill_weight, args.teacher_bn, not args.no_contrastive)  # fmt: skip
     model.to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(
-        student.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True
-    )
+    optimizer = torch.optim.SGD(student.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
 
     run = common.Run("disco", args)

@@ -26,7 +26,7 @@ import common
 def load_weights(name, arch, image_size, seed):
     """The Encoder to judge, frozen: a file of any layout, or `random` or `torchvision` (labelled weights) of `arch`."""
     if name not in ("random", "torchvision"):
-        return common.load_teacher(name, arch)
+        return common.load_teacher(name)
     if not arch:
         raise common.UserError(f"--weights {name} needs a network: pass --arch NAME")
     torch.manual_seed(seed)
@@ -178,7 +178,7 @@ def parse_args():
     add = parser.add_argument
     add("--weights", nargs="+", required=True, help="files (backbone.pth, checkpoint.pth, any teacher), or random or "
         "torchvision, the untrained or labelled network of --arch")  # fmt: skip
-    add("--arch", help="network of random and torchvision, and of files that do not tell theirs")
+    add("--arch", help="network of random and torchvision (files tell theirs)")
     add("--lr", type=common.positive_float, nargs="+", default=[30.0, 10.0, 3.0, 1.0, 0.3, 0.1], help="learning "
         "rates to probe (default %(default)s; papers: 30 for ResNets, 3 for others)")  # fmt: skip
     add("--knn", type=common.positive_int, nargs="+", default=[10, 20, 200], help="neighbours (default %(default)s)")

@@ -98,9 +98,7 @@ def main():
     encoder.amp = common.AMP[args.amp]
     model = MoCo(encoder, args.dim, args.queue_size, args.momentum, args.temperature)
     model.to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(
-        encoder.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True
-    )
+    optimizer = torch.optim.SGD(encoder.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
 
     run = common.Run("moco_v2", args)

@@ -77,10 +77,11 @@ def golden_fill(shapes):
     return state
 
 
-def run_script(name, *args, processes=1, cwd=ROOT, check=True):
-    """Run a script as a user does and return the finished process with its output as text."""
+def run_script(line, processes=1, cwd=ROOT, check=True):
+    """Run a command line, "SCRIPT.py --flag ...", as a user does; returns the finished process."""
+    name, *args = line.split()
     launch = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port", str(free_port())]
-    command = [sys.executable, *(launch if processes > 1 else []), str(ROOT / name), *map(str, args)]
+    command = [sys.executable, *(launch if processes > 1 else []), str(ROOT / name), *args]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
     if check:
@@ -114,14 +115,16 @@ def on_processes(processes, function, tmp_path, *args):
 def teacher_file(tmp_path_factory):
     """A short run of moco_v2.py on drawn images, as a user makes one; the path of its checkpoint."""
     out = tmp_path_factory.mktemp("teacher")
-    run_script("moco_v2.py", "--data", "shapes:64", "--arch", "resnet8", "--image-size", 16, "--batch-size", 32,
-               "--queue-size", 64, "--dim", 16, "--epochs", 2, "--out", out)  # fmt: skip
+    run_script(
+        "moco_v2.py --data shapes:64 --arch resnet8 --image-size 16 --batch-size 32 --queue-size 64 --dim 16 "
+        f"--epochs 2 --out {out}"
+    )
     return out / "checkpoint.pth"
 
 
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory):
-    """A folder in ImageNet's layout with real JPEG files: colour, grey, CMYK, tiny and of odd shape; and a PNG and a BMP."""
+    """A folder in ImageNet's layout: JPEG files in colour, grey, CMYK, tiny and of odd shape; a PNG and a BMP."""
     from PIL import Image
 
     root = tmp_path_factory.mktemp("images")

@@ -40,7 +40,10 @@ def test_crop_boxes_have_torchvisions_distribution(height, width):
     for i in range(4):
         for value in np.unique(np.quantile(theirs[:, i], np.arange(0.1, 1, 0.1), method="nearest")):
             assert abs((ours[:, i] <= value).mean() - (theirs[:, i] <= value).mean()) < 0.03
-    assert np.corrcoef(ours.T[2:])[0, 1] == pytest.approx(np.corrcoef(theirs.T[2:])[0, 1], abs=0.05, nan_ok=True)
+    for i, j in ((0, 2), (1, 3), (2, 3)):  # and of their sums, so that they belong together
+        one, other = ours[:, i] + ours[:, j], theirs[:, i] + theirs[:, j]
+        for value in np.unique(np.quantile(other, [0.2, 0.5, 0.8], method="nearest")):
+            assert abs((one <= value).mean() - (other <= value).mean()) < 0.03
 
 
 @pytest.mark.parametrize("size", [16, 33])
@@ -137,7 +140,7 @@ def test_images_are_the_same_for_any_number_of_processes_and_workers(function, i
     parts = on_processes(2, function, tmp_path, image_folder)
     for i in (0, 1):  # step by step, the two shares make the batch
         steps = [torch.cat(shares) for shares in zip(*(views[i].chunk(3) for views, _ in parts), strict=True)]
-        torch.testing.assert_close(torch.cat(steps), alone[i], rtol=0, atol=1e-6)
+        torch.testing.assert_close(torch.cat(steps), alone[i], rtol=0, atol=1e-5)
     steps = [torch.cat(shares) for shares in zip(*(share.chunk(3) for _, share in parts), strict=True)]
     assert torch.equal(torch.cat(steps), labels)
 
@@ -183,13 +186,15 @@ def test_shapes_are_balanced_repeatable_and_not_solved_by_pixels():
     assert labels.bincount().tolist() == [200] * 10
     test_images, test_labels = common.draw_shapes(500, 32, seed=1)
     assert not (images[:500] == test_images).all(dim=(1, 2, 3)).any()
-    accuracy = common.knn_accuracy(images.flatten(1).float(), labels, test_images.flatten(1).float(), test_labels, [10], 10)
+    accuracy = common.knn_accuracy(
+        images.flatten(1).float(), labels, test_images.flatten(1).float(), test_labels, [10], 10
+    )
     assert accuracy[10] < 30
     assert common.load_dataset("shapes:30", None, "train", CPU, 48)[0].images.shape == (30, 3, 48, 48)
 
 
 def test_small_sets_come_out_as_one_tensor(tmp_path, monkeypatch):
-    """Each of torchvision's sets, its own class stood in for by one that gives what it stores: shapes, splits, labels."""
+    """Shapes, splits and labels, from stand-ins that give what each of torchvision's classes stores."""
 
     def stored(data, **labels):
         def opener(root, download=False, **options):
@@ -205,7 +210,12 @@ def test_small_sets_come_out_as_one_tensor(tmp_path, monkeypatch):
     monkeypatch.setattr(sets, "CIFAR100", stored(hwc, targets=[0, 1, 2, 3, 4, 99]))
     monkeypatch.setattr(sets, "STL10", stored(chw, labels=np.array([-1] * 6)))
     monkeypatch.setattr(sets, "FashionMNIST", stored(torch.from_numpy(hwc[..., 0]), targets=torch.arange(6)))
-    for name, size, classes in (("cifar10", 32, 10), ("cifar100", 32, 100), ("stl10", 96, 10), ("fashion_mnist", 32, 10)):
+    for name, size, classes in (
+        ("cifar10", 32, 10),
+        ("cifar100", 32, 100),
+        ("stl10", 96, 10),
+        ("fashion_mnist", 32, 10),
+    ):
         for split in ("pretrain", "train", "val"):
             seen.clear()
             dataset, image_size = common.load_dataset(name, tmp_path, split, CPU)
@@ -220,16 +230,16 @@ def test_small_sets_come_out_as_one_tensor(tmp_path, monkeypatch):
 
 # ------------------------------------------------------------------------------------------------------------- Networks
 
-FAMILIES = [
-    "resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2", "efficientnet_b0", "efficientnet_v2_s", "mobilenet_v2",
-    "mobilenet_v3_large", "mobilenet_v3_small", "shufflenet_v2_x1_0", "mnasnet1_0", "regnet_y_400mf", "densenet121",
-    "convnext_tiny", "vgg11_bn", "squeezenet1_1", "googlenet", "swin_t", "resnet8", "resnet20",
-]  # fmt: skip
+FAMILIES = """
+    resnet18 resnet50 resnext50_32x4d wide_resnet50_2 efficientnet_b0 efficientnet_v2_s mobilenet_v2 mobilenet_v3_large
+    mobilenet_v3_small shufflenet_v2_x1_0 mnasnet1_0 regnet_y_400mf densenet121 convnext_tiny vgg11_bn squeezenet1_1
+    googlenet swin_t resnet8 resnet20
+""".split()
 
 
 @pytest.mark.parametrize("arch", FAMILIES)
 def test_backbones_of_every_family(arch):
-    """Features of the promised size, the same in train mode with the same statistics (no dropout), gradients everywhere."""
+    """Features of the promised size, no dropout, gradients everywhere, keys that torchvision's network takes."""
     torch.manual_seed(0)
     backbone = common.build_backbone(arch, 224)
     images = torch.randn(2, 3, 64, 64)
@@ -343,7 +353,7 @@ def test_knn_counts_votes_as_written_out(temperature):
         for k in right:
             votes = [0.0] * 5
             for j in similarity.argsort(descending=True)[:k].tolist():
-                votes[train_labels[j]] += 1 if temperature is None else np.exp(similarity[j] / temperature).item()
-            right[k] += votes.index(max(votes)) == label
+                votes[train_labels[j]] += 1 if temperature is None else np.exp(similarity[j].item() / temperature)
+            right[k] += votes.index(max(votes)) == label.item()
     ours = common.knn_accuracy(train, train_labels, query, labels, [1, 7, 50], 5, temperature)
     assert ours == pytest.approx({k: 100 * n / 30 for k, n in right.items()})

@@ -127,8 +127,8 @@ def test_the_users_line_on_jpeg_files(tmp_path, image_folder, teacher_file):
     """torchrun on two processes, ImageNet's layout under data/imagenet, the teacher's network read from its file."""
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "imagenet").symlink_to(image_folder)
-    run_script("disco.py", "--teacher", teacher_file, "--student", "efficientnet_b0", "--epochs", 1, "--batch-size", 8,
-               "--image-size", 32, "--workers", 2, processes=2, cwd=tmp_path)  # fmt: skip
+    line = f"disco.py --teacher {teacher_file} --student efficientnet_b0 --epochs 1 --batch-size 8"
+    run_script(f"{line} --image-size 32 --workers 2", processes=2, cwd=tmp_path)
     out = tmp_path / "runs" / "disco"
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert log[-1]["step"] == 2 and log[-1]["distill"] > 0
@@ -143,9 +143,9 @@ def test_the_users_line_on_jpeg_files(tmp_path, image_folder, teacher_file):
 def test_script_gives_the_same_run_on_one_process_and_on_two(tmp_path, teacher_file):
     """SqueezeNet has no BatchNorm: images, losses and weights of two processes are those of one."""
     folders = [tmp_path / "one", tmp_path / "two"]
+    line = f"disco.py --data shapes:60 --teacher {teacher_file} --student squeezenet1_1 --batch-size 12 --queue-size 30"
     for processes, folder in enumerate(folders, 1):
-        run_script("disco.py", "--data", "shapes:60", "--image-size", 32, "--teacher", teacher_file, "--student",
-                   "squeezenet1_1", "--batch-size", 12, "--queue-size", 30, "--epochs", 1, "--out", folder, processes=processes)  # fmt: skip
+        run_script(f"{line} --epochs 1 --out {folder}", processes=processes)
     one, two = ([json.loads(line) for line in (f / "log.jsonl").read_text().splitlines()] for f in folders)
     for line, other in zip(one, two, strict=True):
         del line["images_per_second"], other["images_per_second"]
@@ -156,12 +156,16 @@ def test_script_gives_the_same_run_on_one_process_and_on_two(tmp_path, teacher_f
 
 
 def test_resume_inside_an_epoch_ends_with_the_same_bits(tmp_path, teacher_file):
-    line = ["disco.py", "--data", "shapes:100", "--teacher", teacher_file, "--student", "resnet8", "--image-size", 16,
-            "--batch-size", 32, "--queue-size", 50, "--epochs", 2, "--teacher-bn", "batch", "--out"]  # fmt: skip
-    run_script(*line, tmp_path / "whole")
+    line = (
+        f"disco.py --data shapes:100 --image-size 16 --teacher {teacher_file} --student resnet8 --teacher-bn batch "
+        "--batch-size 32 --queue-size 50 --epochs 2"
+    )
+    run_script(f"{line} --out {tmp_path}/whole")
     for stop in (2, 6):
-        run_script(*line, tmp_path / "parts", "--max-steps", stop)
-    first, second = (torch.load(tmp_path / f / "checkpoint.pth", weights_only=True)["model"] for f in ("whole", "parts"))
+        run_script(f"{line} --out {tmp_path}/parts --max-steps {stop}")
+    first, second = (
+        torch.load(tmp_path / f / "checkpoint.pth", weights_only=True)["model"] for f in ("whole", "parts")
+    )
     assert first.keys() == second.keys() and not any(name.startswith("teacher.") for name in first)
     for name, value in first.items():
         assert torch.equal(value, second[name]), name

@@ -60,10 +60,9 @@ def test_cached_batches_see_every_image_once_an_epoch():
 
 
 @pytest.fixture(scope="module")
-def resnet50_file(tmp_path_factory):
+def released_file(tmp_path_factory):
     """A released MoCo v2 file, with random weights."""
     encoder = common.Encoder(common.build_backbone("resnet18"), common.mlp_head(512, 512, 128))
-    state = {k.replace("backbone.", "module.encoder_q."): v for k, v in encoder.backbone.state_dict().items()}
     state = {f"module.encoder_q.{k}": v for k, v in encoder.backbone.state_dict().items()}
     state.update({f"module.encoder_q.fc.{k}": v for k, v in encoder.head.state_dict().items()})
     path = tmp_path_factory.mktemp("released") / "moco_v2.pth.tar"
@@ -74,9 +73,11 @@ def resnet50_file(tmp_path_factory):
 def test_every_kind_of_weights_in_one_table(tmp_path, teacher_file):
     """backbone.pth, its checkpoint and an untrained network; eval.json agrees with the printed table."""
     backbone = teacher_file.parent / "backbone.pth"
-    line = ["linear_eval.py", "--data", "shapes:200", "--image-size", 16, "--weights", teacher_file, backbone, "random", "--arch",
-            "resnet8", "--lr", 1, 0.1, "--knn", 5, 10, "--epochs", 5, "--batch-size", 50, "--out", tmp_path]  # fmt: skip
-    done = run_script(*line)
+    line = (
+        f"linear_eval.py --data shapes:200 --image-size 16 --weights {teacher_file} {backbone} random --arch resnet8 "
+        f"--lr 1 0.1 --knn 5 10 --epochs 5 --batch-size 50 --out {tmp_path}"
+    )
+    done = run_script(line)
     results = json.loads((tmp_path / "eval.json").read_text())
     assert list(results) == [str(teacher_file), str(backbone), "random"]
     first, second, untrained = results.values()
@@ -86,7 +87,7 @@ def test_every_kind_of_weights_in_one_table(tmp_path, teacher_file):
     rows = {line.split()[0]: line.split() for line in done.stdout.splitlines()}
     assert float(rows["random"][3]) == pytest.approx(untrained["knn"]["10"], abs=0.01)
     assert float(rows[str(backbone)][4]) == pytest.approx(first["linear"]["top1"], abs=0.01)
-    assert "img/s" not in run_script(*line).stderr  # done already: the same command prints the same table
+    assert "img/s" not in run_script(line).stderr  # done already: the same command prints the same table
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert {line.get("weights") for line in log} == {None, *results}
 
@@ -104,20 +105,22 @@ def test_features_separate_what_they_should(tmp_path):
                 pixels[..., color] += 150
                 Image.fromarray(pixels).save(tmp_path / split / name / f"{i}.jpg")
     out = tmp_path / "out"
-    run_script("linear_eval.py", "--data", tmp_path, "--image-size", 16, "--weights", "random", "--arch", "resnet8", "--knn", 5,
-               "--epochs", 10, "--batch-size", 10, "--lr", 1, "--workers", 1, "--out", out, processes=2)  # fmt: skip
+    line = f"linear_eval.py --data {tmp_path} --image-size 16 --weights random --arch resnet8 --workers 1 --out {out}"
+    run_script(f"{line} --knn 5 --epochs 10 --batch-size 10 --lr 1", processes=2)
     result = json.loads((out / "eval.json").read_text())["random"]
     assert result["linear"]["top1"] == result["linear"]["top5"] == result["knn"]["5"] == 100
 
 
-def test_released_teacher_on_jpeg_files(tmp_path, image_folder, resnet50_file):
+def test_released_teacher_on_jpeg_files(tmp_path, image_folder, released_file):
     """A released file, on a folder: crops and flips anew each epoch; stopped and resumed, the result is the same."""
-    line = ["linear_eval.py", "--data", image_folder, "--image-size", 40, "--weights", resnet50_file, "--knn", 3, "--epochs", 4,
-            "--batch-size", 8, "--workers", 1, "--lr", 0.1, "--out"]  # fmt: skip
-    run_script(*line, tmp_path / "whole")
-    run_script(*line, tmp_path / "parts", "--max-steps", 3)
+    line = (
+        f"linear_eval.py --data {image_folder} --image-size 40 --weights {released_file} --workers 1 "
+        "--knn 3 --epochs 4 --batch-size 8 --lr 0.1 --out "
+    )
+    run_script(f"{line} {tmp_path}/whole")
+    run_script(f"{line} {tmp_path}/parts --max-steps 3")
     (tmp_path / "parts" / "eval.json").unlink()
-    again = run_script(*line, tmp_path / "parts")
+    again = run_script(f"{line} {tmp_path}/parts")
     assert "going on from step 3" in again.stderr
     first, second = (json.loads((tmp_path / f / "eval.json").read_text()) for f in ("whole", "parts"))
     assert first == second

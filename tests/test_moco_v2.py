@@ -112,13 +112,15 @@ def test_two_processes(training, tmp_path):
 
 def test_script_from_end_to_end(tmp_path):
     """A short run writes its folder; stopped inside an epoch and started again, it ends with the same bits."""
-    line = ["moco_v2.py", "--data", "shapes:100", "--arch", "resnet8", "--image-size", 16, "--batch-size", 32, "--knn-every", 2,
-            "--queue-size", 50, "--epochs", 2, "--out"]  # fmt: skip
+    line = (
+        "moco_v2.py --data shapes:100 --arch resnet8 --image-size 16 --batch-size 32 --queue-size 50 --epochs 2 "
+        "--knn-every 2 --out "
+    )
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    done = run_script(*line, whole)
+    done = run_script(f"{line} {whole}")
     assert "backbone.pth" in done.stdout and "img/s" in done.stderr and "loss=" in done.stderr
     for stop in (1, 4, 6):
-        run_script(*line, parts, "--max-steps", stop)
+        run_script(f"{line} {parts} --max-steps {stop}")
     names = {"config.json", "log.jsonl", "views.png", "checkpoint.pth", "backbone.pth"}
     assert {path.name for path in whole.iterdir()} == {path.name for path in parts.iterdir()} == names
 
@@ -135,7 +137,7 @@ def test_script_from_end_to_end(tmp_path):
     assert log[1]["lr"] == pytest.approx(0.015)
     assert json.loads((whole / "config.json").read_text())["arguments"]["queue_size"] == 50
 
-    again = run_script(*line, whole)
+    again = run_script(f"{line} {whole}")
     assert "going on from step 6" in again.stderr and len((whole / "log.jsonl").read_text().splitlines()) == 3
     backbone = common.build_backbone("resnet8", 16)
     backbone.load_state_dict(torch.load(whole / "backbone.pth", weights_only=True))

@@ -1,0 +1,140 @@
+"""What the scripts cost, as ratios measured in pairs on this machine: python tests/benchmark.py
+
+    Input path   images a second on one core, two views an image, against the PIL path of the released codes: 500x375
+                 JPEG files to 224 pixels, and a set in memory at 32 pixels. "workers" is what a worker does (decode,
+                 crop, flip); colour follows on the training device, here the same core.
+    Step         a whole DisCo step (losses, queue, moving average, optimiser) over the forward and backward passes that
+                 it cannot do without.
+
+Each pair runs in turn, so that a change of the machine's speed meets both; the median of the ratios is printed.
+"""
+
+import random
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageFilter
+from torchvision import transforms
+
+import common
+from disco import DisCo
+
+CPU = torch.device("cpu")
+
+
+def pairs(ours, theirs, rounds=7):
+    """Seconds of both calls and their ratio ours / theirs: medians over `rounds`, one call of each in turn."""
+    seconds = []
+    ours(), theirs()
+    for _ in range(rounds):
+        start = time.perf_counter()
+        ours()
+        middle = time.perf_counter()
+        theirs()
+        seconds.append((middle - start, time.perf_counter() - middle))
+    one, other = (statistics.median(column) for column in zip(*seconds, strict=True))
+    return one, other, statistics.median(a / b for a, b in seconds)
+
+
+class PilBlur:
+    """The released codes' blur."""
+
+    def __call__(self, image):
+        return image.filter(ImageFilter.GaussianBlur(radius=random.uniform(0.1, 2.0)))
+
+
+def pil_path(size):
+    """The transform of the released codes (MoCo v2's main_moco.py), from a PIL image to a normalised tensor."""
+    return transforms.Compose([
+        transforms.RandomResizedCrop(size, scale=(0.2, 1.0)),
+        transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+        transforms.RandomGrayscale(p=0.2),
+        transforms.RandomApply([PilBlur()], p=0.5),
+        transforms.RandomHorizontalFlip(),
+        transforms.ToTensor(),
+        transforms.Normalize(common.MEAN, common.STD),
+    ])  # fmt: skip
+
+
+def jpeg_folder(root, count=64):
+    """Images of natural smoothness and size, as JPEG files."""
+    rng = np.random.default_rng(0)
+    (root / "train" / "class").mkdir(parents=True)
+    for i in range(count):
+        pixels = rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)
+        grain = rng.normal(0, 8, (375, 500, 3))
+        image = np.asarray(Image.fromarray(pixels).resize((500, 375), Image.BICUBIC)) + grain
+        Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(root / "train" / "class" / f"{i}.jpg", quality=90)
+    return common.FolderDataset(root / "train")
+
+
+def input_path(name, dataset, size, pil_images):
+    """Print images a second of both paths."""
+    torch.set_num_threads(1)
+    loader = common.Loader(dataset, [common.View(size)] * 2, len(dataset), 0, 0, CPU)
+    loader.step, loader.stop = 0, 1
+    job = next(iter(loader))
+    transform = pil_path(size)
+
+    def released():
+        for image in pil_images():
+            transform(image), transform(image)
+
+    rows = [("workers", lambda: dataset[job]), ("workers and colour", lambda: list(loader.batches(0, 1)))]
+    for what, ours in rows:
+        one, other, ratio = pairs(ours, released)
+        rates = f"{len(dataset) / one:8.0f} images/s   PIL path {len(dataset) / other:6.0f} images/s"
+        print(f"{name:24} {what:20} {rates}   {1 / ratio:5.1f} times as fast")
+
+
+def step(arch, size, batch_size, queue_size):
+    """Print the time of a whole step over that of its bare passes."""
+    torch.set_num_threads(torch.get_num_interop_threads())
+    torch.manual_seed(0)
+
+    def encoder(name, hidden):
+        backbone = common.build_backbone(name, size)
+        return common.Encoder(backbone, common.mlp_head(backbone.feature_dim, hidden, 128))
+
+    model = DisCo(encoder(arch, 2048), encoder("resnet18" if size > 32 else "resnet20", 512), queue_size=queue_size)
+    model.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.student.parameters(), 0.03, momentum=0.9, weight_decay=1e-4, fused=True)
+    view1, view2 = torch.randn(2, batch_size, 3, size, size)
+
+    def whole():
+        losses, keys = model(view1, view2)
+        optimizer.zero_grad()
+        losses["loss"].backward()
+        optimizer.step()
+        model.enqueue(keys)
+
+    def bare():
+        model.student.zero_grad()
+        out1, out2 = model.student(view1), model.student(view2)
+        with torch.no_grad():
+            model.mean_student(view2), model.teacher(view1), model.teacher(view2)
+        (out1.sum() + out2.sum()).backward()
+
+    one, other, ratio = pairs(whole, bare, rounds=11)
+    print(f"DisCo step, {arch}, {size} pixels, batch {batch_size}, queue {queue_size}: {1e3 * one:.0f} ms, bare passes "
+          f"{1e3 * other:.0f} ms, ratio {ratio:.3f}")  # fmt: skip
+
+
+def main():
+    with tempfile.TemporaryDirectory() as folder:
+        files = jpeg_folder(Path(folder))
+        paths = [path.decode() for path in files.paths]
+        input_path("JPEG files, 224 pixels", files, 224, lambda: (Image.open(path).convert("RGB") for path in paths))
+    drawn, _ = common.load_dataset("shapes:512", None, "train", CPU)
+    arrays = [image.permute(1, 2, 0).numpy() for image in drawn.images]
+    input_path("in memory, 32 pixels", drawn, 32, lambda: map(Image.fromarray, arrays))
+    step("efficientnet_b0", 224, 16, 65536)
+    step("resnet8", 32, 128, 4096)
+
+
+if __name__ == "__main__":
+    main()
