@@ -1031,11 +1031,11 @@ class Run:
 
     def draw_views(self, *views):
         """Write views.png: up to eight images, a row for each of their views. views: normalised (N, 3, H, W)."""
-        path = self.folder / "views.png"
-        if rank() == 0 and not path.exists():
+        if rank() == 0:
             mean, std = (views[0].new_tensor(v).view(3, 1, 1) for v in (MEAN, STD))
             images = torch.cat([view[:8] * std + mean for view in views]).clamp(0, 1)
-            write_file(path, lambda path: torchvision.utils.save_image(images, path, nrow=8, format="png"))
+            save = torchvision.utils.save_image
+            write_file(self.folder / "views.png", lambda path: save(images, path, nrow=8, format="png"))
 
     def start_bar(self, step, steps, batch_size, title=None):
         """Show progress in images, with speed and time left, on rank 0."""

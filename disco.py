@@ -151,7 +151,8 @@ def main():
         for group in optimizer.param_groups:
             group["lr"] = lr
         for (view1, view2), _ in loader.batches(step, stop):
-            run.draw_views(view1, view2)
+            if step == 0:
+                run.draw_views(view1, view2)
             losses, keys = parallel(view1, view2)
             optimizer.zero_grad()
             scaler.scale(losses["loss"]).backward()

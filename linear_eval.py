@@ -152,10 +152,10 @@ def train_probe(args, run, name, encoder, train, loader, train_set, val_set, dev
             step += 1
             epoch_ends = step % len(loader) == 0 or step == stop
             run.track(step, epoch, {"loss": losses.min()}, args.lr[0] * decay, epoch_ends)
-        top1, top5 = probe.accuracy(*val_set)
-        run.log({"weights": name, "step": step, "epoch": epoch, "top1": top1, "top5": top5})
+        run.log({"weights": name, "step": step, "epoch": epoch, "top1": probe.accuracy(*val_set)[0]})
         run.save(step, probe, optimizer, scaler, of=name)
     run.bar.close()
+    top1, top5 = probe.accuracy(*val_set)
     best = max(range(len(args.lr)), key=top1.__getitem__)
     by_lr = {f"{lr:g}": accuracy for lr, accuracy in zip(args.lr, top1, strict=True)}
     return {"top1": top1[best], "top5": top5[best], "lr": args.lr[best], "top1_by_lr": by_lr}

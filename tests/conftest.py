@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 import common
 
@@ -56,6 +57,26 @@ def assert_close_state(module, vectors, prefix, tolerance=2e-4):
     for name, expected in golden_state(vectors, prefix).items():
         error = (state[name] - expected).abs().max() / expected.abs().max().clamp(min=1e-3)
         assert error <= tolerance, f"{name} differs by {error:.1e}"
+
+
+def golden_training(model, network, vectors, steps):
+    """The golden experiment's loop and optimiser for `network` of a method, on this process's share of each batch.
+
+    Returns the losses of every step, averaged over processes.
+    """
+    parallel = DistributedDataParallel(model, broadcast_buffers=False) if common.world_size() > 1 else model
+    optimizer = torch.optim.SGD(
+        network.parameters(), float(vectors["meta_lr"]), momentum=0.9, weight_decay=1e-4, fused=True
+    )
+    history = []
+    for view1, view2 in torch.from_numpy(vectors["images"][:steps]):
+        losses, keys = parallel(common.local_share(view1), common.local_share(view2))
+        optimizer.zero_grad()
+        losses["loss"].backward()
+        optimizer.step()
+        model.enqueue(keys)
+        history.append({name: common.gather(loss.detach()[None]).mean().item() for name, loss in losses.items()})
+    return history
 
 
 def golden_fill(shapes):
@@ -109,6 +130,26 @@ def on_processes(processes, function, tmp_path, *args):
     """Results of function(*args) on every process of a gloo group, in the order of ranks."""
     torch.multiprocessing.spawn(_process, (processes, free_port(), function, tmp_path, args), nprocs=processes)
     return [torch.load(tmp_path / f"{rank}.pth") for rank in range(processes)]
+
+
+def assert_processes_agree(function, training, tmp_path):
+    """function(training) gives losses and a state dict: equal on two processes, BatchNorm's statistics aside.
+
+    In eval mode they are those of one process too; in train mode BatchNorm sees other companions, so that they are not.
+    """
+    (history, state), (other_history, other_state) = on_processes(2, function, tmp_path, training)
+    assert history == other_history
+    names = [name for name in state if "running" not in name]
+    for name in names:
+        torch.testing.assert_close(state[name], other_state[name], rtol=0, atol=0)
+    alone, alone_state = function(training)
+    if training:
+        assert history != alone
+        return
+    for step, alone_step in zip(history, alone, strict=True):
+        assert step == pytest.approx(alone_step, rel=1e-5)
+    for name in names:
+        torch.testing.assert_close(state[name], alone_state[name], rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture(scope="session")

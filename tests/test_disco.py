@@ -5,10 +5,15 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, assert_close_state, golden_encoder, on_processes, run_script
-from torch.nn.parallel import DistributedDataParallel
+from conftest import (
+    GOLDEN,
+    assert_close_state,
+    assert_processes_agree,
+    golden_encoder,
+    golden_training,
+    run_script,
+)
 
-import common
 from disco import DisCo, distill_loss
 
 
@@ -29,23 +34,6 @@ def golden_model(vectors, **options):
     return model
 
 
-def train(model, vectors, steps, share=slice(None)):
-    """The golden experiment's loop, with its optimiser; returns the losses of every step."""
-    parallel = DistributedDataParallel(model, broadcast_buffers=False) if common.world_size() > 1 else model
-    optimizer = torch.optim.SGD(
-        model.student.parameters(), float(vectors["meta_lr"]), momentum=0.9, weight_decay=1e-4, fused=True
-    )
-    history = []
-    for view1, view2 in torch.from_numpy(vectors["images"][:steps]):
-        losses, keys = parallel(view1[share], view2[share])
-        optimizer.zero_grad()
-        losses["loss"].backward()
-        optimizer.step()
-        model.enqueue(keys)
-        history.append({name: common.gather(loss.detach()[None]).mean().item() for name, loss in losses.items()})
-    return history
-
-
 @pytest.fixture(params=["batch", "running"])
 def vectors(request):
     return dict(np.load(GOLDEN / f"disco_teacher_bn_{request.param}.npz"))
@@ -53,7 +41,7 @@ def vectors(request):
 
 def test_golden_trajectory(vectors):
     model = golden_model(vectors)
-    history = train(model, vectors, 10)
+    history = golden_training(model, model.student, vectors, 10)
     np.testing.assert_allclose([step["contrastive"] for step in history], vectors["contrastive_loss"], rtol=2e-4)
     released = (vectors["distill_loss_view1_sum"] + vectors["distill_loss_view2_sum"]) / vectors["meta_batch"]
     np.testing.assert_allclose([step["distill"] for step in history], released, rtol=2e-4)
@@ -68,7 +56,7 @@ def test_golden_trajectory(vectors):
 def test_teacher_stays_bit_identical(vectors):
     model = golden_model(vectors)
     before = {name: value.clone() for name, value in model.teacher.state_dict().items()}
-    train(model, vectors, 3)
+    golden_training(model, model.student, vectors, 3)
     for name, value in model.teacher.state_dict().items():
         assert torch.equal(value, before[name]), name
 
@@ -91,7 +79,7 @@ def test_distillation_alone_has_no_queue_and_no_mean_student():
     vectors = dict(np.load(GOLDEN / "disco_teacher_bn_running.npz"))
     model = golden_model(vectors, contrastive=False)
     assert {name.partition(".")[0] for name in model.state_dict()} == {"student", "teacher"}
-    first = train(model, vectors, 3)[0]
+    first = golden_training(model, model.student, vectors, 3)[0]
     released = vectors["distill_loss_view1_sum"][0] + vectors["distill_loss_view2_sum"][0]
     assert first["loss"] == pytest.approx(released, rel=2e-4) and "contrastive" not in first
 
@@ -101,26 +89,12 @@ def share_of_training(training):
     torch.manual_seed(0)
     vectors = dict(np.load(GOLDEN / "disco_teacher_bn_running.npz"))
     model = golden_model(vectors).train(training)
-    share = len(vectors["images"][0, 0]) // common.world_size()
-    history = train(model, vectors, 3, slice(common.rank() * share, (common.rank() + 1) * share))
-    return history, {k: v for k, v in model.state_dict().items() if "running" not in k}
+    return golden_training(model, model.student, vectors, 3), model.state_dict()
 
 
 @pytest.mark.parametrize("training", [False, True])
 def test_two_processes(training, tmp_path):
-    """With BatchNorm in eval mode two processes do what one does; in train mode they stay equal to each other."""
-    (history, state), (history1, state1) = on_processes(2, share_of_training, tmp_path, training)
-    assert history == history1
-    for name in state:
-        torch.testing.assert_close(state[name], state1[name], rtol=0, atol=0)
-    alone, alone_state = share_of_training(training)
-    if training:  # other companions in BatchNorm: close, but not equal
-        assert history != alone
-    else:
-        for step, alone_step in zip(history, alone, strict=True):
-            assert step == pytest.approx(alone_step, rel=1e-5)
-        for name in state:
-            torch.testing.assert_close(state[name], alone_state[name], rtol=1e-4, atol=1e-5)
+    assert_processes_agree(share_of_training, training, tmp_path)
 
 
 def test_the_users_line_on_jpeg_files(tmp_path, image_folder, teacher_file):

@@ -6,8 +6,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import GOLDEN, assert_close_state, golden_encoder, on_processes, run_script
-from torch.nn.parallel import DistributedDataParallel
+from conftest import (
+    GOLDEN,
+    assert_close_state,
+    assert_processes_agree,
+    golden_encoder,
+    golden_training,
+    run_script,
+)
 
 import common
 from moco_v2 import MoCo, cosine_lr, info_nce
@@ -25,23 +31,6 @@ def golden_model(vectors, momentum=None):
     return model
 
 
-def train(model, vectors, steps, share=slice(None)):
-    """The golden experiment's loop, with its optimiser; returns the losses of every step."""
-    parallel = DistributedDataParallel(model, broadcast_buffers=False) if common.world_size() > 1 else model
-    optimizer = torch.optim.SGD(
-        model.encoder.parameters(), float(vectors["meta_lr"]), momentum=0.9, weight_decay=1e-4, fused=True
-    )
-    history = []
-    for view1, view2 in torch.from_numpy(vectors["images"][:steps]):
-        losses, keys = parallel(view1[share], view2[share])
-        optimizer.zero_grad()
-        losses["loss"].backward()
-        optimizer.step()
-        model.enqueue(keys)
-        history.append({name: common.gather(loss.detach()[None]).mean().item() for name, loss in losses.items()})
-    return history
-
-
 def test_info_nce_is_the_cross_entropy_of_the_paper():
     query, key = (F.normalize(torch.randn(6, 8), dim=1) for _ in range(2))
     queue = F.normalize(torch.randn(32, 8), dim=1)
@@ -53,7 +42,7 @@ def test_info_nce_is_the_cross_entropy_of_the_paper():
 def test_golden_trajectory():
     vectors = dict(np.load(GOLDEN / "moco_v2.npz"))
     model = golden_model(vectors)
-    losses = [step["loss"] for step in train(model, vectors, 10)]
+    losses = [step["loss"] for step in golden_training(model, model.encoder, vectors, 10)]
     np.testing.assert_allclose(losses, vectors["loss"], rtol=2e-4)
     assert_close_state(model.encoder, vectors, "final")
     assert_close_state(model.momentum_encoder, vectors, "final_key")
@@ -89,25 +78,12 @@ def share_of_training(training):
     torch.manual_seed(0)
     vectors = dict(np.load(GOLDEN / "moco_v2.npz"))
     model = golden_model(vectors).train(training)
-    share = len(vectors["images"][0, 0]) // common.world_size()
-    history = train(model, vectors, 3, slice(common.rank() * share, (common.rank() + 1) * share))
-    return history, {k: v for k, v in model.state_dict().items() if "running" not in k}
+    return golden_training(model, model.encoder, vectors, 3), model.state_dict()
 
 
 @pytest.mark.parametrize("training", [False, True])
 def test_two_processes(training, tmp_path):
-    """With BatchNorm in eval mode two processes do what one does; in train mode they stay equal to each other."""
-    (history, state), (history1, state1) = on_processes(2, share_of_training, tmp_path, training)
-    assert history == history1
-    for name in state:
-        torch.testing.assert_close(state[name], state1[name], rtol=0, atol=0)
-    alone, alone_state = share_of_training(training)
-    if training:  # other companions in BatchNorm: close, but not equal
-        assert history != alone
-    else:
-        assert [step["loss"] for step in history] == pytest.approx([step["loss"] for step in alone], rel=1e-5)
-        for name in state:
-            torch.testing.assert_close(state[name], alone_state[name], rtol=1e-4, atol=1e-5)
+    assert_processes_agree(share_of_training, training, tmp_path)
 
 
 def test_script_from_end_to_end(tmp_path):
