@@ -143,3 +143,17 @@ def test_resume_inside_an_epoch_ends_with_the_same_bits(tmp_path, teacher_file):
     assert first.keys() == second.keys() and not any(name.startswith("teacher.") for name in first)
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
+
+
+@pytest.mark.parametrize("switches", ["--amp bf16", "--amp fp16 --no-contrastive"])
+def test_mixed_precision_starts_with_the_losses_of_full_precision(switches, tmp_path, teacher_file):
+    line = (
+        f"disco.py --data shapes:64 --image-size 16 --teacher {teacher_file} --student resnet8 --batch-size 32 "
+        "--queue-size 64 --max-steps 1"
+    )
+    logs = []
+    for amp in (switches, switches.replace("bf16", "off").replace("fp16", "off")):
+        run_script(f"{line} {amp} --out {tmp_path}/{len(logs)}")
+        logs.append(json.loads((tmp_path / str(len(logs)) / "log.jsonl").read_text()))
+    assert logs[0]["loss"] == pytest.approx(logs[1]["loss"], rel=0.02) and logs[0]["loss"] != logs[1]["loss"]
+    assert ("contrastive" in logs[0]) == ("--no-contrastive" not in switches)
