@@ -223,7 +223,7 @@ class FolderDataset:
     def __init__(self, root):
         try:
             found = torchvision.datasets.ImageFolder(root)
-        except (OSError, FileNotFoundError) as error:
+        except OSError as error:
             raise UserError(f"{root}: {str(error).splitlines()[0]}") from None
         # One array of bytes: a list of 1.3 million strings would be copied page by page into every worker.
         self.paths = np.array([os.fsencode(path) for path, _ in found.samples])
@@ -252,7 +252,7 @@ class FolderDataset:
 def read_image(path):
     """Decode any image file to uint8 RGB (3, H, W): grey, palette, CMYK and transparent ones too."""
     try:
-        return torchvision.io.decode_image(path, mode="RGB")
+        return TF.to_dtype(torchvision.io.decode_image(path, mode="RGB"), torch.uint8, scale=True)  # from 16 bits, too
     except (RuntimeError, AttributeError):  # another format, a broken file, or a torchvision that decodes no more
         try:
             return TF.pil_to_tensor(Image.open(path).convert("RGB"))
@@ -293,6 +293,16 @@ def load_dataset(data, data_root, split, device, image_size=None):
     return FolderDataset(folder), image_size or 224
 
 
+def load_labelled(data, data_root, device, image_size=None):
+    """The training and validation images of a data set, and the image size: (dataset, dataset, pixels)."""
+    train, image_size = load_dataset(data, data_root, "train", device, image_size)
+    val, _ = load_dataset(data, data_root, "val", device, image_size)
+    differ = sorted(set(getattr(train, "classes", ())) ^ set(getattr(val, "classes", ())))
+    if differ:
+        raise UserError(f"train/ and val/ of {data or 'data/imagenet'} hold different classes, for one {differ[0]}")
+    return train, val, image_size
+
+
 def load_small_set(name, root, split):
     """uint8 images (N, 3, H, W), labels (N,) and number of classes of one of torchvision's sets, fetched if missing."""
     train = split != "val"
@@ -311,7 +321,9 @@ def load_small_set(name, root, split):
         found = opener(root, **options)
     except (OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{name} is not in {root} and could not be fetched ({reason}): pass --data-root") from None
+        raise UserError(
+            f"{name} is not in {root} and could not be fetched ({reason}): pass --data-root", True
+        ) from None
     images = torch.as_tensor(found.data)
     if images.ndim == 3:  # grey: three channels that share their memory
         images = images[:, None].expand(-1, 3, -1, -1)
@@ -631,7 +643,7 @@ class CifarResNet(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             if isinstance(module, torchvision.models.resnet.BasicBlock):
-                nn.init.zeros_(module.bn2.weight)  # a block starts as the identity: deep ones then train from the start
+                nn.init.zeros_(module.bn2.weight)  # a block starts as the identity (Goyal et al., 2017)
 
     @staticmethod
     def stage(in_channels, channels, blocks, stride):
@@ -773,6 +785,7 @@ def load_teacher(path, arch=None):
     # The stem of the file, not of the image size: 32 stands for the 3x3 one.
     small_stem = "conv1.weight" in backbone_state and backbone_state["conv1.weight"].shape[-1] == 3
     image_size = 32 if small_stem else 224
+    told = told if told in network_names() else None
     arch = arch or told or recognize(path, backbone_state, image_size)
     encoder = Encoder(build_backbone(arch, image_size), build_head(path, head_state))
     load_exactly(encoder.backbone, without_classifier(backbone_state, encoder.backbone), f"{path} as {arch}")
@@ -788,7 +801,7 @@ def split_state(path, checkpoint):
             state = state[wrapper]
     if not isinstance(state, dict) or not any(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{path} holds no network's weights")
-    state = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    state = {str(key): value for key, value in state.items() if isinstance(value, torch.Tensor)}
 
     def part(prefix):
         return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
@@ -885,18 +898,21 @@ def knn_accuracy(train_features, train_labels, features, labels, ks, num_classes
     """Accuracy in percent of a vote of the k training images with the highest cosine similarity, for every k: a dict.
 
     A vote counts 1, or exp(similarity / temperature) where a temperature is given (Wu et al., 2018). Ties go to the
-    class of the lower number. train_features: (N, D), features: (M, D); labels: integers below num_classes.
+    class of the lower number. train_features: (N, D), features: (M, D), the same on every process; labels: integers
+    below num_classes. The processes share the queries.
     """
     train_features, features = F.normalize(train_features, dim=1), F.normalize(features, dim=1)
-    correct = torch.zeros(len(ks), device=features.device)
+    share, correct = slice(rank(), None, world_size()), torch.zeros(len(ks), device=features.device)
     chunk = max(1, 2**26 // len(train_features))  # a quarter of a gigabyte of similarities at a time
-    for query, target in zip(features.split(chunk), labels.split(chunk), strict=True):
+    for query, target in zip(features[share].split(chunk), labels[share].split(chunk), strict=True):
         similarity, nearest = (query @ train_features.T).topk(max(ks), dim=1)
         weight = torch.ones_like(similarity) if temperature is None else (similarity / temperature).exp()
         neighbours = train_labels[nearest]
         for i, k in enumerate(ks):
             votes = query.new_zeros(len(query), num_classes).scatter_add_(1, neighbours[:, :k], weight[:, :k])
             correct[i] += (votes.argmax(dim=1) == target).sum()
+    if world_size() > 1:
+        dist.all_reduce(correct)
     return {k: 100 * value / len(features) for k, value in zip(ks, correct.tolist(), strict=True)}
 
 
@@ -904,8 +920,7 @@ class KnnProbe:
     """20-NN accuracy of the validation images while a method trains, so that a collapse shows early."""
 
     def __init__(self, args, image_size, device):
-        where = args.data, args.data_root
-        self.sets = [load_dataset(*where, split, device, image_size)[0] for split in ("train", "val")]
+        *self.sets, _ = load_labelled(args.data, args.data_root, device, image_size)
         self.options = image_size, args.batch_size, args.workers, device
 
     def __call__(self, encoder):

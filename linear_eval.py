@@ -88,8 +88,7 @@ def frozen_batches(encoder, loader, step, stop):
 def main():
     args = parse_args()
     device = common.init_processes(args.seed)
-    train, size = common.load_dataset(args.data, args.data_root, "train", device, args.image_size)
-    val, _ = common.load_dataset(args.data, args.data_root, "val", device, size)
+    train, val, size = common.load_labelled(args.data, args.data_root, device, args.image_size)
     for name in args.weights:
         if args.weights.count(name) > 1:
             raise common.UserError(f"--weights names {name} twice")

@@ -165,7 +165,7 @@ def teacher_file(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory):
-    """A folder in ImageNet's layout: JPEG files in colour, grey, CMYK, tiny and of odd shape; a PNG and a BMP."""
+    """A folder in ImageNet's layout: JPEG files in colour, grey, CMYK, tiny and of odd shape; PNG and BMP files."""
     from PIL import Image
 
     root = tmp_path_factory.mktemp("images")

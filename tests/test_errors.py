@@ -22,6 +22,9 @@ def folder(tmp_path, monkeypatch, image_folder, teacher_file):
     (tmp_path / "no_images" / "train" / "ant").mkdir(parents=True)
     (tmp_path / "broken" / "train" / "ant").mkdir(parents=True)
     (tmp_path / "broken" / "train" / "ant" / "bad.jpg").write_bytes(b"\xff\xd8\xff no image")
+    for split, name in (("train", "ant"), ("train", "bee"), ("val", "ant"), ("val", "cow")):
+        (tmp_path / "mixed" / split / name).mkdir(parents=True)
+        (tmp_path / "mixed" / split / name / "0.jpg").symlink_to(image_folder / "train" / "ant" / "0.jpg")
     (tmp_path / "text.pth").write_text("not a checkpoint")
     (tmp_path / "cut.pth").write_bytes(teacher_file.read_bytes()[:10000])
     torch.save({"model": {"encoder.backbone.conv1.weight": torch.zeros(4, 3, 3, 3)}}, tmp_path / "strange.pth")
@@ -97,6 +100,7 @@ MISTAKES = {
     f"{EVAL} --weights torchvision --arch resnet8": ["resnet8"],
     f"{EVAL} --weights teacher.pth --knn 200": ["--knn 200", "64"],
     f"{EVAL} --weights teacher.pth --batch-size 100": ["--batch-size 100"],
+    f"{EVAL} --weights teacher.pth --data mixed": ["mixed", "different classes", "bee"],
     f"{EVAL} --weights teacher.pth teacher.pth": ["teacher.pth", "twice"],
 }
 
