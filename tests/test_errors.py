@@ -105,7 +105,7 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("line", MISTAKES)
+@pytest.mark.parametrize("line", MISTAKES, ids=[" ".join(line.split()[-3:]) for line in MISTAKES])
 def test_a_mistake_is_told_in_one_line(line, folder, monkeypatch, capfd):
     script, *arguments = line.split()
     monkeypatch.setattr(sys, "argv", [script, *arguments])
