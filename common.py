@@ -1049,6 +1049,7 @@ class Run:
         if rank() == 0:
             mean, std = (views[0].new_tensor(v).view(3, 1, 1) for v in (MEAN, STD))
             images = torch.cat([view[:8] * std + mean for view in views]).clamp(0, 1)
+            images = F.interpolate(images, scale_factor=max(1, 128 // images.shape[-1]), mode="nearest")
             save = torchvision.utils.save_image
             write_file(self.folder / "views.png", lambda path: save(images, path, nrow=8, format="png"))
 
