@@ -67,7 +67,7 @@ def run_script(main):
         main()
     except UserError as error:
         if rank() == 0 or error.local:
-            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+            tqdm.write(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)  # not behind a progress bar
         sys.exit(2)
     except KeyboardInterrupt:
         if rank() == 0:
