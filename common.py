@@ -831,7 +831,7 @@ def build_head(path, state):
 def recognize(path, state, image_size):
     """Name of the architecture whose keys and shapes are those of a state dict, classifier aside."""
     regnet = any("trunk_output" in key for key in state)
-    for name in network_names():
+    for name in sorted(network_names(), key=lambda name: not name.startswith("resnet")):  # the usual teachers first
         if ("regnet" in name) != regnet or (name.startswith("vit_") and image_size <= 32):
             continue
         with torch.device("cpu" if regnet else "meta"):  # RegNets compute their widths with real tensors
