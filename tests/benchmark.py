@@ -135,7 +135,7 @@ def main():
     drawn, _ = common.load_dataset("shapes:512", None, "train", CPU)
     arrays = [image.permute(1, 2, 0).numpy() for image in drawn.images]
     input_path("in memory, 32 pixels", drawn, 32, lambda: map(Image.fromarray, arrays))
-    step("efficientnet_b0", 224, 8, 65536)
+    step("efficientnet_b0", 224, 16, 65536)
     step("resnet8", 32, 128, 4096)
 
 
