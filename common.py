@@ -1007,15 +1007,16 @@ class Run:
         scaler.load_state_dict(checkpoint["scaler"])
         if rank() == 0:
             print(f"going on from step {checkpoint['step']} of {path}", file=sys.stderr)
-            self.rewind(checkpoint["step"])
+            self.rewind(checkpoint["step"], of)
         return checkpoint["step"]
 
-    def rewind(self, step):
-        """Drop the log's lines after `step`: they are about to be written again."""
+    def rewind(self, step, of):
+        """Drop the log's lines after `step` of these weights: they are about to be written again."""
         log = self.folder / "log.jsonl"
         if log.exists():
-            lines = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= step]
-            write_file(log, lambda path: path.write_text("".join(line + "\n" for line in lines)))
+            lines = [(json.loads(line), line) for line in log.read_text().splitlines()]
+            kept = [line for values, line in lines if values["step"] <= step or values.get("weights") != of]
+            write_file(log, lambda path: path.write_text("".join(line + "\n" for line in kept)))
 
     def save(self, step, model, optimizer, scaler, **about):
         """Write checkpoint.pth: all that a resume needs. A frozen teacher stays in its own file."""
@@ -1056,6 +1057,7 @@ class Run:
     def start_bar(self, step, steps, batch_size, title=None):
         """Show progress in images, with speed and time left, on rank 0."""
         self.batch_size, self.sums, self.count, self.clock = batch_size, 0, 0, time.perf_counter()
+        self.about = {"weights": title} if title else {}
         self.bar = tqdm(
             desc=title or self.script,
             total=steps * batch_size,
@@ -1078,7 +1080,9 @@ class Run:
                 means /= world_size()
             means = dict(zip(losses, means.tolist(), strict=True))  # the only wait for the device
             speed = self.count * self.batch_size / (time.perf_counter() - self.clock)
-            self.log({"step": step, "epoch": epoch, **means, "lr": lr, "images_per_second": round(speed, 1)})
+            self.log(
+                {**self.about, "step": step, "epoch": epoch, **means, "lr": lr, "images_per_second": round(speed, 1)}
+            )
             self.bar.set_postfix(loss=f"{means['loss']:.3f}", lr=f"{lr:.2g}", epoch=epoch, refresh=False)
             self.sums, self.count, self.clock = 0, 0, time.perf_counter()
 

@@ -117,6 +117,7 @@ def main():
             "linear": train_probe(args, run, name, encoder, train, loader, train_set, val_set, device),
         }
         run.write("eval.json", results)
+        run.log({"weights": name, "step": args.epochs * len(loader), **results[name]})
     if common.rank() == 0:
         print_table(results, args.knn)
 

@@ -89,7 +89,8 @@ def test_every_kind_of_weights_in_one_table(tmp_path, teacher_file):
     assert float(rows[str(backbone)][4]) == pytest.approx(first["linear"]["top1"], abs=0.01)
     assert "img/s" not in run_script(line).stderr  # done already: the same command prints the same table
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert {line.get("weights") for line in log} == {None, *results}
+    assert {line["weights"] for line in log} == set(results)
+    assert [line["knn"] for line in log if "knn" in line] == [result["knn"] for result in results.values()]
 
 
 def test_features_separate_what_they_should(tmp_path):
