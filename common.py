@@ -13,17 +13,27 @@ Sections, in the order of an experiment:
 """
 
 import argparse
+import contextlib
 import difflib
+import fcntl
+import hashlib
+import importlib.util
+import inspect
 import json
 import math
 import os
 import pickle
 import platform
+import signal
 import subprocess
 import sys
 import time
+import traceback
+import uuid
+import zipfile
 from collections import namedtuple
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +43,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
@@ -41,59 +52,145 @@ from tqdm import tqdm
 
 
 class UserError(Exception):
-    """A mistake of the user, told in one line that names the thing and the way out.
+    """What the user can mend, told in one line that names the thing and the way out."""
 
-    Every process meets the same mistake and rank 0 alone prints it; with `local`, only this process met it and prints.
-    """
 
-    def __init__(self, message, local=False):
-        super().__init__(message)
-        self.local = local
+class Stopped(BaseException):
+    """The run was told to stop, and all that it did is saved."""
 
 
 def rank():
     """Number of this process, from 0."""
-    return int(os.environ.get("RANK", 0))
+    return environment_number("RANK", 0)
 
 
 def world_size():
     """Number of processes that train together; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return environment_number("WORLD_SIZE", 1)
+
+
+def environment_number(name, default):
+    """A number from torchrun's environment; raises UserError where it is none."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise UserError(f"the environment variable {name} is {text!r}, not a number: start with torchrun, or unset it")
+    return int(text)
 
 
 def run_script(main):
-    """Call `main()`; a `UserError` ends it with exit code 2 and one line, Ctrl-C with 130."""
+    """Join torchrun's processes, call `main()` and end all of them alike, whatever happens to one.
+
+    Exit code 2 and one line for a `UserError`, 143 for a run that was told to stop, 130 for Ctrl-C. The first process
+    that fails tells why; what the others meet then, lost connections above all, is not told.
+    """
+    script, store = Path(sys.argv[0]).name, None
     try:
+        store = join_processes()
         main()
+        if store:
+            dist.destroy_process_group()
+        return
     except UserError as error:
-        if rank() == 0 or error.local:
-            tqdm.write(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)  # not behind a progress bar
-        sys.exit(2)
+        code, message = 2, f"{script}: error: {error}"
+    except Stopped as stopped:
+        code, message = 143, f"{script}: {stopped}"
     except KeyboardInterrupt:
-        if rank() == 0:
-            print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+        code, message = 130, "interrupted; the same command goes on from the last checkpoint"
+    except Exception as error:
+        if store is None:
+            raise
+        lost = isinstance(error, dist.DistError) or "gloo" in str(error)
+        reason = str(error).partition(". ")[0].partition("\n")[0]
+        reason = f"process {rank()} lost contact with another one, which ended without a word ({reason})"
+        code, message = 1, f"{script}: {reason}" if lost else traceback.format_exc()
+    if store is None or first_to_fail(store):
+        tqdm.write(message, file=sys.stderr)  # not behind a progress bar
+    if store is None:
+        sys.exit(code)
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(code)  # an ordinary exit waits for collectives whose other side is gone
 
 
-def init_processes(seed):
-    """Join torchrun's processes (NCCL on CUDA, gloo on the CPU), seed the networks' initialisation, return the device.
+def join_processes():
+    """Join torchrun's processes: NCCL for CUDA tensors, gloo for others. Returns their store; None without torchrun."""
+    absent = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if {"RANK", "WORLD_SIZE"} <= set(absent):
+        return None
+    if absent:
+        raise UserError(f"the environment variable {absent[0]} is missing: start with torchrun, or unset RANK and "
+                        "WORLD_SIZE")  # fmt: skip
+    if rank() >= world_size():
+        raise UserError(f"the environment variable RANK is {rank()}, not below WORLD_SIZE, {world_size()}: start with "
+                        "torchrun")  # fmt: skip
+    address = f"{os.environ['MASTER_ADDR']}:{environment_number('MASTER_PORT', 0)}"
+    try:
+        store = fresh_store(next(dist.rendezvous("env://"))[0])
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size())
+    except (dist.DistError, ValueError) as error:
+        raise UserError(f"cannot meet the other processes at MASTER_ADDR:MASTER_PORT, {address} "
+                        f"({str(error).splitlines()[0]})") from None  # fmt: skip
+    return store
+
+
+def fresh_store(store):
+    """The store under a name that the processes of this start share with none of an earlier one.
+
+    torchrun's store outlives a restart, and what crashed processes left in it would be taken for their successors'
+    (pytorch issue 135712). So rank 0 puts up a new name, each process answers with a new number of its own, and those
+    whose number comes back know that the name is not an old one.
+    """
+    own = uuid.uuid4().hex
+    if rank() == 0:
+        store.set("name", own)
+        for other in range(1, world_size()):
+            answer = store.get(f"{own}/{other}").decode()
+            store.set(f"{own}/{answer}", "")
+        return dist.PrefixStore(own, store)
+    while True:
+        name = store.get("name").decode()
+        store.set(f"{name}/{rank()}", own)
+        try:
+            store.wait([f"{name}/{own}"], timedelta(seconds=0.5))
+            return dist.PrefixStore(name, store)
+        except dist.DistStoreError:  # an old name, or rank 0 is not that far
+            continue
+
+
+def first_to_fail(store):
+    """Whether no other of the processes has failed before this one."""
+    try:
+        return store.add("failures", 1) == 1
+    except dist.DistError:  # with the process that kept the store
+        return rank() == 1
+
+
+def init_device(seed):
+    """Seed the networks' initialisation and return this process's device.
 
     All processes take the same seed, so they build the same networks and queue without exchanging them.
     """
-    cuda = torch.cuda.is_available()
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if cuda and local_rank >= torch.cuda.device_count():
-        raise UserError(f"{local_rank + 1} processes on {torch.cuda.device_count()} GPUs: lower --nproc_per_node", True)
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True
-    if world_size() > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
     torch.manual_seed(seed)
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", environment_number("LOCAL_RANK", 0))
+    if device.index >= torch.cuda.device_count():
+        raise UserError(f"{device.index + 1} processes on {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
+    torch.cuda.set_device(device)
+    torch.backends.cudnn.benchmark = True
     return device
+
+
+def distribute(model):
+    """The model under DistributedDataParallel, where several processes train it.
+
+    Each process keeps BatchNorm statistics of its own share; rank 0's are the ones that are saved and judged.
+    """
+    if world_size() == 1:
+        return model
+    known = inspect.signature(DistributedDataParallel).parameters  # renamed in torch 2.14
+    option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DistributedDataParallel(model, **{option: False})
 
 
 def gather(x):
@@ -174,6 +271,10 @@ def common_parser(script, docstring, *, epochs, batch_size, lr, weight_decay):
     add("--seed", type=number(int, 0), default=0, help="of weights, order and augmentation (default %(default)s)")
     add("--workers", type=number(int, 0), default=8, help="decoding processes a GPU, for folders (default %(default)s)")
     add("--out", default=f"runs/{script}", help="the run's folder (default %(default)s)")
+    add("--checkpoint-minutes", type=positive_float, default=10.0, help="save so often, besides at an epoch's end and "
+        "when told to stop (default %(default)s)")  # fmt: skip
+    add("--max-bad-images", type=number(int, 0), default=100, help="more unreadable images end the run; up to so "
+        "many are named and others take their places (default %(default)s)")  # fmt: skip
     add("--amp", choices=list(AMP), default="off", help="mixed precision (default %(default)s, as in the papers)")
     add("--compile", action="store_true", help="torch.compile the networks")
     add("--tensorboard", action="store_true", help="write TensorBoard events too (needs the package tensorboard)")
@@ -183,7 +284,9 @@ def common_parser(script, docstring, *, epochs, batch_size, lr, weight_decay):
 # ----------------------------------------------------------------------------------------------------------------- Data
 
 SMALL_SETS = ("cifar10", "cifar100", "stl10", "fashion_mnist")
-Job = namedtuple("Job", "indices views uniforms")  # a batch to make: images, how, and with which random numbers
+# A batch to make: which images, how, with which random numbers, and the seeds that pick others for unreadable ones.
+# For evaluation the last two are None.
+Job = namedtuple("Job", "indices views uniforms seeds")
 
 
 class ArrayDataset:
@@ -200,7 +303,7 @@ class ArrayDataset:
         return len(self.images)
 
     def __getitem__(self, job):
-        """Views of a `Job`: a list of float tensors (n, 3, size, size) in [0, 1], and the labels (n,)."""
+        """Views of a `Job`: a list of float tensors (n, 3, size, size) in [0, 1], labels (n,), none unreadable."""
         indices = torch.from_numpy(job.indices).to(self.images.device)
         images = self.images[indices].float().div_(255)
         height, width = images.shape[2:]
@@ -212,13 +315,15 @@ class ArrayDataset:
             else:
                 boxes, flips = crop_boxes(job.uniforms[i], height, width, view.scale), flip_coins(job.uniforms[i])
             out.append(crop_and_resize(images, boxes, flips, view.size))
-        return out, self.labels[indices]
+        return out, self.labels[indices], {}
 
 
 class FolderDataset:
     """Image files in ImageNet's layout, ROOT/CLASS/*.jpg: decoded and cropped in workers, as uint8 all the way."""
 
     in_memory = False
+    unreadable = {}  # noqa: RUF012  path: reason, of all folders that this process, or another that told it, has read
+    tries = 10  # images that may be unreadable one after the other
 
     def __init__(self, root):
         try:
@@ -235,18 +340,40 @@ class FolderDataset:
         return len(self.paths)
 
     def __getitem__(self, job):
-        """Views of a `Job`: a list of uint8 tensors (n, 3, size, size), and the labels (n,)."""
+        """Views of a `Job`: a list of uint8 tensors (n, 3, size, size), labels (n,), and {unreadable path: reason}.
+
+        In an unreadable image's place stands another, which follows from seed, epoch and image; in evaluation a black
+        one, with label -1.
+        """
         shape = (len(job.indices), 3)
-        out = [torch.empty(*shape, view.size, view.size, dtype=torch.uint8) for view in job.views]
+        out = [torch.zeros(*shape, view.size, view.size, dtype=torch.uint8) for view in job.views]
+        labels = torch.full((len(job.indices),), -1)
+        unreadable = {}
         for n, index in enumerate(job.indices):
-            try:
-                image = read_image(os.fsdecode(self.paths[index]))
-            except UserError as error:
-                return error  # raised in the main process: through a worker it would come as a traceback
+            index, image = self.read(index, job.seeds, unreadable)
+            if image is None and job.seeds is not None:
+                path, reason = unreadable.popitem()  # returned, not raised: out of a worker it would be a traceback
+                return UserError(f"{self.tries} unreadable images, one after the other, the last {path} ({reason}): "
+                                 "repair or remove them")  # fmt: skip
+            if image is None:
+                continue
+            labels[n] = self.labels[index]
             for i, view in enumerate(job.views):
                 uniforms = None if view.scale is None else job.uniforms[i, n : n + 1]
                 out[i][n] = crop_image(image, view, uniforms)
-        return out, self.labels[job.indices]
+        return out, labels, unreadable
+
+    def read(self, index, seeds, unreadable):
+        """Number and pixels (3, H, W) of an image or of the first readable one in its place; pixels None if none is."""
+        for attempt in range(self.tries if seeds else 1):
+            path = os.fsdecode(self.paths[index])
+            try:
+                return index, read_image(path)
+            except Exception as error:  # decoders of broken files raise all kinds
+                unreadable[path] = (str(error).splitlines() or [type(error).__name__])[0]
+            if seeds:
+                index = np.random.default_rng([*seeds, index, attempt]).integers(len(self))
+        return index, None
 
 
 def read_image(path):
@@ -254,11 +381,8 @@ def read_image(path):
     try:
         return TF.to_dtype(torchvision.io.decode_image(path, mode="RGB"), torch.uint8, scale=True)  # from 16 bits, too
     except (RuntimeError, AttributeError):  # another format, a broken file, or a torchvision that decodes no more
-        try:
-            return TF.pil_to_tensor(Image.open(path).convert("RGB"))
-        except (OSError, SyntaxError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"unreadable image {path} ({reason}): repair or remove it", local=True) from None
+        with Image.open(path) as image:
+            return TF.pil_to_tensor(image.convert("RGB"))
 
 
 def crop_image(image, view, uniforms):
@@ -314,16 +438,14 @@ def load_small_set(name, root, split):
         "stl10": (sets.STL10, {"split": {"pretrain": "unlabeled", "train": "train", "val": "test"}[split]}, 10),
     }[name]
     try:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # one process of a machine fetches, the others wait for it
+        if environment_number("LOCAL_RANK", 0) == 0:  # one process of a machine fetches, the others wait for it
             opener(root, download=True, **options)
         if dist.is_initialized():
             dist.barrier()
         found = opener(root, **options)
     except (OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{name} is not in {root} and could not be fetched ({reason}): pass --data-root", True
-        ) from None
+        raise UserError(f"{name} is not in {root} and could not be fetched ({reason}): pass --data-root") from None
     images = torch.as_tensor(found.data)
     if images.ndim == 3:  # grey: three channels that share their memory
         images = images[:, None].expand(-1, 3, -1, -1)
@@ -579,7 +701,7 @@ class Loader:
             rng = np.random.default_rng([self.seed, epoch, step, 0])
             uniforms = rng.random((self.batch_size, len(self.views), CROP_UNIFORMS))
             indices = order[first : first + self.batch_size]
-            yield Job(local_share(indices), self.views, local_share(uniforms).swapaxes(0, 1))
+            yield Job(local_share(indices), self.views, local_share(uniforms).swapaxes(0, 1), (self.seed, epoch))
 
     def batches(self, step, stop):
         """From the run's step number `step` to the end of its epoch, or to `stop` if that comes first.
@@ -607,16 +729,24 @@ def job_loader(dataset, jobs, workers, device):
         batch_size=None,
         num_workers=workers,
         persistent_workers=workers > 0,
+        worker_init_fn=leave_signals,
         pin_memory=device.type == "cuda" and not dataset.in_memory,
     )
 
 
+def leave_signals(worker):
+    """Leave what is sent to all processes of a job to the main process, which needs its workers until it has saved."""
+    for number in (signal.SIGINT, *STOP_SIGNALS):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def fetch(loader, device):
-    """Batches of a `job_loader` on the device, views as floats in [0, 1]."""
+    """Batches of a `job_loader` on the device, views as floats in [0, 1]; unreadable images are put down."""
     for batch in loader:
         if isinstance(batch, UserError):
             raise batch
-        views, labels = batch
+        views, labels, unreadable = batch
+        FolderDataset.unreadable.update(unreadable)
         views = [TF.to_dtype(x.to(device, non_blocking=True), torch.float32, scale=True) for x in views]
         yield views, labels.to(device, non_blocking=True)
 
@@ -759,18 +889,29 @@ LAYOUTS = (
 )  # fmt: skip
 
 
-def load_file(path):
-    """Read a checkpoint onto the CPU, tensors and plain values only; raises UserError where that is not possible."""
+class Damaged(UserError):
+    """A file that is missing, cut off or changed."""
+
+
+def load_file(path, whole=False):
+    """Read a checkpoint onto the CPU, tensors and plain values only; raises UserError where that is not possible.
+
+    With `whole` all bytes are checked against the file's checksums before.
+    """
     try:
+        if whole:
+            with zipfile.ZipFile(path) as parts:
+                if changed := parts.testzip():
+                    raise Damaged(f"{path} is not a readable checkpoint (wrong checksum of {changed})")
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"no file {path}") from None
+        raise Damaged(f"no file {path}") from None
     except pickle.UnpicklingError:
         raise UserError(f"{path} is not a checkpoint, or holds more than tensors and plain values, which is not loaded "
                         "because it could run code: save its state dict alone") from None  # fmt: skip
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, zipfile.BadZipFile) as error:
         reason = (str(error).splitlines() or ["damaged"])[0]
-        raise UserError(f"{path} is not a readable checkpoint ({reason})") from None
+        raise Damaged(f"{path} is not a readable checkpoint ({reason})") from None
 
 
 def load_teacher(path, arch=None):
@@ -876,21 +1017,27 @@ def load_exactly(module, state, what):
 
 @torch.no_grad()
 def extract_features(encoder, dataset, image_size, batch_size, workers, device):
-    """Features of every image's centre crop, in order: (N, feature_dim) and labels (N,), on every process.
+    """Features of every readable image's centre crop, in order: (N, feature_dim) and labels (N,), on every process.
 
-    The work is shared out over the processes; the backbone runs in eval mode and is left in the mode it had.
+    The work is shared out over the processes, which all take rank 0's BatchNorm statistics; the backbone runs in eval
+    mode and is left in the mode it had.
     """
+    if world_size() > 1:
+        for buffer in encoder.buffers():
+            dist.broadcast(buffer, 0)
     share = -(-len(dataset) // world_size())
     indices = np.arange(rank() * share, (rank() + 1) * share) % len(dataset)  # what wraps round is cut off again
     views = [View(image_size, scale=None, color=False)]
-    jobs = [Job(indices[i : i + batch_size], views, None) for i in range(0, share, batch_size)]
+    jobs = [Job(indices[i : i + batch_size], views, None, None) for i in range(0, share, batch_size)]
     training = encoder.training
     encoder.eval()
-    features = []
-    for (images,), _ in fetch(job_loader(dataset, jobs, workers, device), device):
+    features, labels = [], []
+    for (images,), targets in fetch(job_loader(dataset, jobs, workers, device), device):
         features.append(encoder.features(normalize(images)))
+        labels.append(targets)
     encoder.train(training)
-    return gather(torch.cat(features))[: len(dataset)], dataset.labels.to(device)
+    features, labels = (gather(torch.cat(parts))[: len(dataset)] for parts in (features, labels))
+    return features[labels >= 0], labels[labels >= 0]
 
 
 @torch.no_grad()
@@ -933,38 +1080,74 @@ class KnnProbe:
 # ----------------------------------------------------------------------------------------------------------------- Runs
 
 LOG_EVERY = 50  # steps: reading a loss waits for the device, so it is not done at each
-FREE_ARGUMENTS = {"out", "workers", "max_steps", "knn_every", "tensorboard"}  # may differ when a run goes on
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what Slurm and spot machines send before they take a machine away
+FREE_ARGUMENTS = {"out", "data_root", "workers", "max_steps", "knn_every", "checkpoint_minutes", "max_bad_images",
+                  "tensorboard"}  # may differ when a run goes on  # fmt: skip
 
 
-def write_file(path, write):
-    """Call `write(temporary path)` and move the result into place, so that `path` is always whole."""
-    path = Path(path)
+def write_file(path, write, keep=None):
+    """Call `write(file)` on a new file and move it to `path`, which is whole at any moment, even if the power fails.
+
+    What was at `path` before moves to `keep`. Raises UserError, with the old file in its place, where the disk is full
+    or may not be written.
+    """
     beside = path.with_name(f".{path.name}.tmp")
-    write(beside)
-    os.replace(beside, path)
+    try:
+        with open(beside, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep and path.exists():
+            os.replace(path, keep)
+        os.replace(beside, path)
+        flush_folder(path.parent)
+    except (OSError, RuntimeError) as error:
+        error = error if isinstance(error, OSError) else error.__context__ or error  # torch.save hides what happened
+        reason = getattr(error, "strerror", None) or error
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        raise UserError(f"cannot write {path} ({reason}): free space or mend the folder's permissions, then run the "
+                        "same command again") from None  # fmt: skip
+
+
+def flush_folder(folder):
+    """Have a folder's entries on the disk, where the system knows such a thing."""
+    with contextlib.suppress(PermissionError):
+        file = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)
 
 
 class Run:
-    """A run's folder: config.json, log.jsonl, views.png, checkpoint.pth and backbone.pth.
+    """A run's folder: config.json, log.jsonl, views.png, checkpoint.pth, the one before it, and backbone.pth.
 
-    The same command in the same folder goes on where it stopped; other arguments are refused, naming them.
+    The same command in the same folder goes on where it stopped; other arguments or inputs are refused, naming them,
+    and so is a second process while the first is at work. datasets: those whose size and classes belong to the run.
+    files: those whose content does.
     """
 
-    def __init__(self, script, args):
-        self.script, self.folder, self.writer, self.bar = script, Path(args.out), None, None
-        arguments = {k: v for k, v in json.loads(json.dumps(vars(args))).items() if k != "out"}
-        self.check(arguments)
+    def __init__(self, script, args, *datasets, files=()):
+        self.script, self.folder, self.args = script, Path(args.out), args
+        self.path, self.path_before = self.folder / "checkpoint.pth", self.folder / "checkpoint.before.pth"
+        self.writer, self.bar, self.losses, self.named = None, None, [], set()
+        self.told, self.unsaved, self.ballot, self.saved_at = None, False, None, time.monotonic()
+        self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        for number in STOP_SIGNALS:
+            signal.signal(number, self.on_signal)
         if rank() > 0:
             return
-        if args.tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise UserError("--tensorboard needs a package more: pip install tensorboard", local=True) from None
-            self.writer = SummaryWriter(self.folder)
+        if args.tensorboard and not importlib.util.find_spec("tensorboard"):
+            raise UserError("--tensorboard needs a package more: pip install tensorboard")
         config = {
             "script": script,
-            "arguments": arguments,
+            "arguments": {k: v for k, v in json.loads(json.dumps(vars(args))).items() if k != "out"},
+            "inputs": {
+                "images": [len(dataset) for dataset in datasets],
+                "classes": [dataset.num_classes for dataset in datasets],
+                **{f"content of {file}": hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16] for file in files},
+            },
             "python": platform.python_version(),
             "torch": torch.__version__,
             "torchvision": torchvision.__version__,
@@ -973,62 +1156,150 @@ class Run:
         }
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.write("config.json", config)
+            self.lock()
         except OSError as error:
-            raise UserError(f"cannot write to --out {self.folder}: {error.strerror}", local=True) from None
+            raise UserError(f"cannot write to --out {self.folder}: {error.strerror}") from None
+        self.check(config)
+        self.write("config.json", config)
 
-    def check(self, arguments):
+    def lock(self):
+        """Refuse a folder in which another process is at work; its lock goes with it, however it ends."""
+        self.lock_file = open(self.folder / ".lock", "a+")
+        try:
+            # A record lock: one of flock() would be held on by the workers of a killed process.
+            fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            self.lock_file.seek(0)
+            raise UserError(f"{self.folder} is in use by {self.lock_file.read().strip()}: pass another --out, or stop "
+                            "that one first") from None  # fmt: skip
+        except OSError as error:
+            print(f"warning: {self.folder} cannot be locked ({error.strerror}): let no other run write there",
+                  file=sys.stderr)  # fmt: skip
+        self.lock_file.truncate(0)
+        print(f"process {os.getpid()} on {platform.node()}", file=self.lock_file, flush=True)
+
+    def check(self, config):
         """Refuse a folder that holds another run."""
         try:
-            config = json.loads((self.folder / "config.json").read_text())
+            old = json.loads((self.folder / "config.json").read_text())
+            old = {**old["arguments"], **old["inputs"], "script": old["script"]}
         except FileNotFoundError:
             taken = [name for name in ("checkpoint.pth", "backbone.pth", "eval.json") if (self.folder / name).exists()]
             if taken:
                 raise UserError(f"{self.folder} holds {taken[0]} but no config.json: pass another --out") from None
             return
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"cannot read {self.folder / 'config.json'} ({error}): pass another --out") from None
-        old = {**config.get("arguments", {}), "script": config.get("script")}
-        new = {**arguments, "script": self.script}
+        new = {**config["arguments"], **config["inputs"], "script": config["script"]}
         names = sorted(name for name in (old.keys() | new.keys()) - FREE_ARGUMENTS if old.get(name) != new.get(name))
         differ = [f"{name.replace('_', '-')} {old.get(name)} there, {new.get(name)} here" for name in names]
         if differ:
             raise UserError(f"{self.folder} holds another run ({'; '.join(differ)}): pass another --out")
 
-    def resume(self, model, optimizer, scaler, of=None):
-        """Load checkpoint.pth where there is one, and it is one `of` this; returns the number of steps done."""
-        path = self.folder / "checkpoint.pth"
-        checkpoint = load_file(path) if path.exists() else {}
-        if checkpoint.get("of") != of or not checkpoint:
-            return 0
-        frozen = {k: v for k, v in model.state_dict().items() if k.startswith("teacher.")}
-        model.load_state_dict({**checkpoint["model"], **frozen})
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
-        if rank() == 0:
-            print(f"going on from step {checkpoint['step']} of {path}", file=sys.stderr)
-            self.rewind(checkpoint["step"], of)
-        return checkpoint["step"]
+    def on_signal(self, number, frame):
+        """Stop after the step that is under way, or at once where all is saved."""
+        self.told = signal.Signals(number).name
+        if not self.unsaved:
+            self.stop()
 
-    def rewind(self, step, of):
-        """Drop the log's lines after `step` of these weights: they are about to be written again."""
+    def stop(self):
+        """Leave with all saved."""
+        reason = f"by {self.told}" if self.told else "with another process"
+        raise Stopped(f"stopped {reason}, all is saved in {self.folder}; the same command goes on")
+
+    def resume(self, model, optimizer, scaler, **about):
+        """Load the newest whole checkpoint, if any, and return the number of steps done.
+
+        about: what the checkpoints shall say of themselves. One `of` other weights than these is left aside.
+        """
+        self.state, self.about = (model, optimizer, scaler), about
+        checkpoint = self.newest() or {}
+        if checkpoint.get("of") != about.get("of"):
+            checkpoint = {}
+        step = checkpoint.get("step", 0)
+        device = next(model.parameters()).device
+        self.losses = [row.to(device) for row in checkpoint.get("losses", [])]
+        self.named = set(checkpoint.get("unreadable", []))
+        if checkpoint:
+            frozen = {k: v for k, v in model.state_dict().items() if k.startswith("teacher.")}
+            load_exactly(model, {**checkpoint["model"], **frozen}, str(self.path))
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            scaler.load_state_dict(checkpoint["scaler"])
+        if (gather(torch.tensor([step])) != step).any():
+            raise UserError(f"the processes find different checkpoints: --out {self.folder} must be one folder, on a "
+                            "disk that all machines share")  # fmt: skip
         log = self.folder / "log.jsonl"
-        if log.exists():
-            lines = [(json.loads(line), line) for line in log.read_text().splitlines()]
-            kept = [line for values, line in lines if values["step"] <= step or values.get("weights") != of]
-            write_file(log, lambda path: path.write_text("".join(line + "\n" for line in kept)))
+        if rank() == 0 and log.exists() and (checkpoint or "of" not in about):
+            size = checkpoint.get("log_bytes", 0)  # lines after the checkpoint are about to be written again
+            os.truncate(log, min(size, log.stat().st_size))
+        if not checkpoint:
+            self.save(0)  # so that a disk without room shows now
+        elif rank() == 0:
+            print(f"going on from step {step} of {self.folder}", file=sys.stderr)
+        return step
 
-    def save(self, step, model, optimizer, scaler, **about):
-        """Write checkpoint.pth: all that a resume needs. A frozen teacher stays in its own file."""
-        checkpoint = {
-            **about,
-            "step": step,
-            "model": {k: v for k, v in model.state_dict().items() if not k.startswith("teacher.")},
-            "optimizer": optimizer.state_dict(),
-            "scaler": scaler.state_dict(),
-        }
+    def newest(self):
+        """Content of the newest whole checkpoint; None where there is none."""
+        if not self.path.exists() and not self.path_before.exists():
+            return None
+        try:
+            return load_file(self.path, whole=True)
+        except Damaged as error:
+            if not self.path_before.exists():
+                raise
+            checkpoint = load_file(self.path_before, whole=True)
+            if rank() == 0:
+                print(f"warning: {error}; going on from the one before it", file=sys.stderr)
+                with contextlib.suppress(FileNotFoundError):  # aside, so that it never takes the place of a whole one
+                    os.replace(self.path, self.folder / "checkpoint.damaged.pth")
+            return checkpoint
+
+    def save(self, step):
+        """Write checkpoint.pth, all that a resume needs; then stop, if some process was told to.
+
+        A frozen teacher stays in its own file. The checkpoint before this one is kept.
+        """
+        model, optimizer, scaler = self.state
+        self.average_losses()
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        if not torch.stack([p.isfinite().all() for p in weights]).all():
+            self.not_finite(step, "a weight")
         if rank() == 0:
-            write_file(self.folder / "checkpoint.pth", lambda path: torch.save(checkpoint, path))
+            with open(self.folder / "log.jsonl", "ab") as log:
+                os.fsync(log.fileno())
+                log_bytes = log.tell()
+            checkpoint = {
+                **self.about,
+                "step": step,
+                "model": {k: v for k, v in model.state_dict().items() if not k.startswith("teacher.")},
+                "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(),
+                "losses": self.losses,
+                "log_bytes": log_bytes,
+                "unreadable": sorted(self.named),
+            }
+            write_file(self.path, lambda file: torch.save(checkpoint, file), keep=self.path_before)
+        self.unsaved, self.saved_at = False, time.monotonic()
+        if self.agree(wait=True) == 2:
+            self.stop()
+
+    def agree(self, wait=False):
+        """What the processes want: 0 nothing, 1 a checkpoint, since it is time, or 2 to stop, since one was told to.
+
+        All get the same answer at the same step. To wait for nobody it is the answer to the question of the step
+        before, unless `wait`.
+        """
+        if self.parent and os.getppid() != self.parent:
+            self.told = self.told or "the end of torchrun"
+        due = rank() == 0 and time.monotonic() - self.saved_at > 60 * self.args.checkpoint_minutes
+        want = 2 if self.told else int(due)
+        if world_size() == 1:
+            return want
+        want = torch.tensor(want)
+        ballot, self.ballot = self.ballot, (want, dist.all_reduce(want, dist.ReduceOp.MAX, async_op=True))
+        want, work = self.ballot if wait or ballot is None else ballot
+        work.wait()
+        return want.item()
 
     def read(self, name):
         """Content of a JSON file of the folder, or None."""
@@ -1038,12 +1309,13 @@ class Run:
     def write(self, name, content):
         """Write a JSON file into the folder."""
         if rank() == 0:
-            write_file(self.folder / name, lambda path: path.write_text(json.dumps(content, indent=2) + "\n"))
+            text = json.dumps(content, indent=2) + "\n"
+            write_file(self.folder / name, lambda file: file.write(text.encode()))
 
     def export(self, backbone):
         """Write backbone.pth: the network alone, with torchvision's keys."""
         if rank() == 0:
-            write_file(self.folder / "backbone.pth", lambda path: torch.save(backbone.state_dict(), path))
+            write_file(self.folder / "backbone.pth", lambda file: torch.save(backbone.state_dict(), file))
 
     def draw_views(self, *views):
         """Write views.png: up to eight images, a row for each of their views. views: normalised (N, 3, H, W)."""
@@ -1052,12 +1324,11 @@ class Run:
             images = torch.cat([view[:8] * std + mean for view in views]).clamp(0, 1)
             images = F.interpolate(images, scale_factor=max(1, 128 // images.shape[-1]), mode="nearest")
             save = torchvision.utils.save_image
-            write_file(self.folder / "views.png", lambda path: save(images, path, nrow=8, format="png"))
+            write_file(self.folder / "views.png", lambda file: save(images, file, nrow=8, format="png"))
 
     def start_bar(self, step, steps, batch_size, title=None):
         """Show progress in images, with speed and time left, on rank 0."""
-        self.batch_size, self.sums, self.count, self.clock = batch_size, 0, 0, time.perf_counter()
-        self.about = {"weights": title} if title else {}
+        self.batch_size, self.count, self.clock = batch_size, 0, time.perf_counter()
         self.bar = tqdm(
             desc=title or self.script,
             total=steps * batch_size,
@@ -1069,22 +1340,61 @@ class Run:
         )
 
     def track(self, step, epoch, losses, lr, epoch_ends):
-        """Count a step; every LOG_EVERY steps and at the end of an epoch, log the mean losses since the last line."""
-        self.sums = self.sums + torch.stack([value.detach() for value in losses.values()])
+        """Count a step; log the mean losses every LOG_EVERY steps and at the end of an epoch; save where it is time.
+
+        Where a loss is not finite, UserError names the step, at the next line of the log or before the next checkpoint.
+        """
+        self.unsaved, self.place = True, (step, epoch, lr)
+        self.losses.append(torch.stack([value.detach() for value in losses.values()]))
         self.count += 1
         self.bar.update(self.batch_size)
-        if self.count == LOG_EVERY or epoch_ends:
-            means = self.sums / self.count
-            if world_size() > 1:
-                dist.all_reduce(means)
-                means /= world_size()
-            means = dict(zip(losses, means.tolist(), strict=True))  # the only wait for the device
+        if len(self.losses) >= LOG_EVERY or epoch_ends:
+            self.average_losses()
+            means = dict(zip(losses, torch.stack(self.losses).mean(0).tolist(), strict=True))
             speed = self.count * self.batch_size / (time.perf_counter() - self.clock)
-            self.log(
-                {**self.about, "step": step, "epoch": epoch, **means, "lr": lr, "images_per_second": round(speed, 1)}
-            )
+            title = {"weights": self.about["of"]} if "of" in self.about else {}
+            self.log({**title, "step": step, "epoch": epoch, **means, "lr": lr, "images_per_second": round(speed, 1)})
             self.bar.set_postfix(loss=f"{means['loss']:.3f}", lr=f"{lr:.2g}", epoch=epoch, refresh=False)
-            self.sums, self.count, self.clock = 0, 0, time.perf_counter()
+            self.losses, self.count, self.clock = [], 0, time.perf_counter()
+            self.name_unreadable(step)
+        if self.agree() and not epoch_ends:  # an epoch's end is saved in any case
+            self.save(step)
+
+    def average_losses(self):
+        """Average the losses since the last line of the log over the processes; UserError where one is not finite."""
+        if not self.losses:
+            return
+        losses = torch.stack(self.losses)
+        if world_size() > 1:
+            dist.all_reduce(losses)
+            losses /= world_size()
+        finite = losses.isfinite().all(dim=1).tolist()  # the only wait for the device
+        if not all(finite):
+            self.not_finite(self.place[0] - len(losses) + 1 + finite.index(False), "a loss")
+        self.losses = list(losses)
+
+    def not_finite(self, step, what):
+        """Say where a number stopped to be one."""
+        _, epoch, lr = self.place
+        raise UserError(f"{what} is not finite at step {step}, epoch {epoch}, learning rate {lr:g}; {self.path} is "
+                        "from before: lower --lr, or take --amp off, with another --out")  # fmt: skip
+
+    def name_unreadable(self, step):
+        """Name every unreadable image once, in the log and to the user; too many of them end the run."""
+        if world_size() > 1:
+            found = [None] * world_size()
+            dist.all_gather_object(found, FolderDataset.unreadable)
+            for images in found:
+                FolderDataset.unreadable.update(images)
+        for path, reason in sorted(FolderDataset.unreadable.items()):
+            if path not in self.named:
+                self.named.add(path)
+                self.log({"step": step, "unreadable": path, "reason": reason})
+                if rank() == 0:
+                    tqdm.write(f"warning: unreadable image {path} ({reason}), left out", file=sys.stderr)
+        if len(self.named) > self.args.max_bad_images:
+            raise UserError(f"{len(self.named)} unreadable images, one of them {min(self.named)}: repair or remove "
+                            "them, or raise --max-bad-images")  # fmt: skip
 
     def finish(self, backbone):
         """Close the bar and export the backbone."""
@@ -1097,9 +1407,17 @@ class Run:
         """Append a line to log.jsonl (and to TensorBoard)."""
         if rank() > 0:
             return
-        with open(self.folder / "log.jsonl", "a") as log:
-            log.write(json.dumps(values) + "\n")
-        if self.writer:
+        try:
+            with open(self.folder / "log.jsonl", "ab") as log:
+                log.write(json.dumps(values).encode() + b"\n")
+        except OSError as error:
+            raise UserError(f"cannot write {self.folder / 'log.jsonl'} ({error.strerror}): free space or mend the "
+                            "folder's permissions, then run the same command again") from None  # fmt: skip
+        if self.args.tensorboard:
+            if not self.writer:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.writer = SummaryWriter(self.folder, purge_step=values["step"])
             for name, value in values.items():
                 if name not in ("step", "epoch") and isinstance(value, (int, float)):
                     self.writer.add_scalar(name, value, values["step"])

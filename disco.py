@@ -17,7 +17,6 @@ import math
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import common
@@ -119,7 +118,7 @@ def cosine_lr(lr, epoch, epochs):
 
 def main():
     args = parse_args()
-    device = common.init_processes(args.seed)
+    device = common.init_device(args.seed)
     teacher = common.load_teacher(args.teacher, args.teacher_arch)
     dataset, size = common.load_dataset(args.data, args.data_root, "pretrain", device, args.image_size)
     view = common.View(size)
@@ -134,19 +133,23 @@ def main():
     optimizer = torch.optim.SGD(student.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
 
-    run = common.Run("disco", args)
-    step = run.resume(model, optimizer, scaler)
+    run = common.Run("disco", args, dataset, files=[args.teacher])
+    step = run.resume(model, optimizer, scaler, arch=args.student, image_size=size)
     if args.compile:
         for network in model.children():
             network.compile()
-    parallel = DistributedDataParallel(model, broadcast_buffers=False) if common.world_size() > 1 else model
+    parallel = common.distribute(model)
     probe = common.KnnProbe(args, size, device) if args.knn_every else None
 
     steps = args.epochs * len(loader)
     stop = min(steps, args.max_steps or steps)
     run.start_bar(step, stop, args.batch_size)
-    while step < stop:
+    while True:
         epoch = step // len(loader)
+        if probe and step % (args.knn_every * len(loader)) == 0:
+            run.log({"step": step, "epoch": epoch, **probe(student)})
+        if step >= stop:
+            break
         lr = cosine_lr(args.lr, epoch, args.epochs)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -161,9 +164,7 @@ def main():
             model.enqueue(keys)
             step += 1
             run.track(step, epoch, losses, lr, epoch_ends=step % len(loader) == 0 or step == stop)
-        if probe and (epoch + 1) % args.knn_every == 0:
-            run.log({"step": step, "epoch": epoch, **probe(student)})
-        run.save(step, model, optimizer, scaler, arch=args.student, image_size=size)
+        run.save(step)
     run.finish(backbone)
 
 

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 
 import common
 
@@ -87,7 +86,7 @@ def frozen_batches(encoder, loader, step, stop):
 
 def main():
     args = parse_args()
-    device = common.init_processes(args.seed)
+    device = common.init_device(args.seed)
     train, val, size = common.load_labelled(args.data, args.data_root, device, args.image_size)
     for name in args.weights:
         if args.weights.count(name) > 1:
@@ -98,7 +97,8 @@ def main():
     loader = common.Loader(train, [crop], args.batch_size, args.seed, args.workers, device)
     encoders = [load_weights(name, args.arch, size, args.seed) for name in args.weights]
 
-    run = common.Run("linear_eval", args)
+    files = [name for name in args.weights if name not in ("random", "torchvision")]
+    run = common.Run("linear_eval", args, train, val, files=files)
     results = run.read("eval.json") or {}
     for name, encoder in zip(args.weights, encoders, strict=True):
         if name in results:
@@ -116,8 +116,8 @@ def main():
             "knn": {str(k): accuracy for k, accuracy in neighbours.items()},
             "linear": train_probe(args, run, name, encoder, train, loader, train_set, val_set, device),
         }
-        run.write("eval.json", results)
         run.log({"weights": name, "step": args.epochs * len(loader), **results[name]})
+        run.write("eval.json", results)
     if common.rank() == 0:
         print_table(results, args.knn)
 
@@ -130,7 +130,7 @@ def train_probe(args, run, name, encoder, train, loader, train_set, val_set, dev
     optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=args.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=False)  # the probe is small and stays in float32
     step = run.resume(probe, optimizer, scaler, of=name)
-    parallel = DistributedDataParallel(probe) if common.world_size() > 1 else probe
+    parallel = common.distribute(probe)
 
     steps = args.epochs * len(loader)
     stop = min(steps, args.max_steps or steps)
@@ -153,7 +153,7 @@ def train_probe(args, run, name, encoder, train, loader, train_set, val_set, dev
             epoch_ends = step % len(loader) == 0 or step == stop
             run.track(step, epoch, {"loss": losses.min()}, args.lr[0] * decay, epoch_ends)
         run.log({"weights": name, "step": step, "epoch": epoch, "top1": probe.accuracy(*val_set)[0]})
-        run.save(step, probe, optimizer, scaler, of=name)
+        run.save(step)
     run.bar.close()
     top1, top5 = probe.accuracy(*val_set)
     best = max(range(len(args.lr)), key=top1.__getitem__)

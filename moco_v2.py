@@ -19,7 +19,6 @@ import math
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import common
@@ -87,7 +86,7 @@ def cosine_lr(lr, epoch, epochs):
 
 def main():
     args = parse_args()
-    device = common.init_processes(args.seed)
+    device = common.init_device(args.seed)
     dataset, size = common.load_dataset(args.data, args.data_root, "pretrain", device, args.image_size)
     view = common.View(size)
     loader = common.Loader(dataset, [view, view], args.batch_size, args.seed, args.workers, device)
@@ -101,19 +100,23 @@ def main():
     optimizer = torch.optim.SGD(encoder.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
 
-    run = common.Run("moco_v2", args)
-    step = run.resume(model, optimizer, scaler)
+    run = common.Run("moco_v2", args, dataset)
+    step = run.resume(model, optimizer, scaler, arch=args.arch, image_size=size)
     if args.compile:
         model.encoder.compile()
         model.momentum_encoder.compile()
-    parallel = DistributedDataParallel(model, broadcast_buffers=False) if common.world_size() > 1 else model
+    parallel = common.distribute(model)
     probe = common.KnnProbe(args, size, device) if args.knn_every else None
 
     steps = args.epochs * len(loader)
     stop = min(steps, args.max_steps or steps)
     run.start_bar(step, stop, args.batch_size)
-    while step < stop:
+    while True:
         epoch = step // len(loader)
+        if probe and step % (args.knn_every * len(loader)) == 0:
+            run.log({"step": step, "epoch": epoch, **probe(encoder)})
+        if step >= stop:
+            break
         lr = cosine_lr(args.lr, epoch, args.epochs)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -128,9 +131,7 @@ def main():
             model.enqueue(keys)
             step += 1
             run.track(step, epoch, losses, lr, epoch_ends=step % len(loader) == 0 or step == stop)
-        if probe and (epoch + 1) % args.knn_every == 0:
-            run.log({"step": step, "epoch": epoch, **probe(encoder)})
-        run.save(step, model, optimizer, scaler, arch=args.arch, image_size=size)
+        run.save(step)
     run.finish(backbone)
 
 

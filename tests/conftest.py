@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 
 import common
 
@@ -64,7 +63,7 @@ def golden_training(model, network, vectors, steps):
 
     Returns the losses of every step, averaged over processes.
     """
-    parallel = DistributedDataParallel(model, broadcast_buffers=False) if common.world_size() > 1 else model
+    parallel = common.distribute(model)
     optimizer = torch.optim.SGD(
         network.parameters(), float(vectors["meta_lr"]), momentum=0.9, weight_decay=1e-4, fused=True
     )
