@@ -27,6 +27,7 @@ import platform
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 import uuid
@@ -103,8 +104,9 @@ def run_script(main):
         reason = str(error).partition(". ")[0].partition("\n")[0]
         reason = f"process {rank()} lost contact with another one, which ended without a word ({reason})"
         code, message = 1, f"{script}: {reason}" if lost else traceback.format_exc()
-    if store is None or first_to_fail(store):
-        tqdm.write(message, file=sys.stderr)  # not behind a progress bar
+    if first_to_fail(store):
+        line_end = "\n" if store and rank() else ""  # of a progress bar, which is rank 0's
+        tqdm.write(line_end + message, file=sys.stderr)
     if store is None:
         sys.exit(code)
     sys.stdout.flush(), sys.stderr.flush()
@@ -159,10 +161,12 @@ def fresh_store(store):
 
 def first_to_fail(store):
     """Whether no other of the processes has failed before this one."""
+    if store is None:  # they have not met
+        return True
     try:
         return store.add("failures", 1) == 1
-    except dist.DistError:  # with the process that kept the store
-        return rank() == 1
+    except dist.DistError:  # gone with rank 0, which has told, or was killed, and then torchrun tells
+        return False
 
 
 def init_device(seed):
@@ -735,9 +739,19 @@ def job_loader(dataset, jobs, workers, device):
 
 
 def leave_signals(worker):
-    """Leave what is sent to all processes of a job to the main process, which needs its workers until it has saved."""
-    for number in (signal.SIGINT, *STOP_SIGNALS):
-        signal.signal(number, signal.SIG_IGN)
+    """Leave signals that all processes of a job get to the main one: it needs its workers until it has saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):  # macOS
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def obey_the_main_process():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            continue
+        os._exit(0)
+
+    threading.Thread(target=obey_the_main_process, daemon=True).start()
 
 
 def fetch(loader, device):
@@ -1085,29 +1099,35 @@ FREE_ARGUMENTS = {"out", "data_root", "workers", "max_steps", "knn_every", "chec
                   "tensorboard"}  # may differ when a run goes on  # fmt: skip
 
 
+@contextlib.contextmanager
+def writing(path):
+    """Turn what goes wrong while `path` is written, a full disk or a lost permission, into a UserError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        error = error if isinstance(error, OSError) else error.__context__ or error  # torch.save hides what happened
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write {path} ({reason}): free space or mend the folder's permissions, then run the "
+                        "same command again") from None  # fmt: skip
+
+
 def write_file(path, write, keep=None):
     """Call `write(file)` on a new file and move it to `path`, which is whole at any moment, even if the power fails.
 
-    What was at `path` before moves to `keep`. Raises UserError, with the old file in its place, where the disk is full
-    or may not be written.
+    What was at `path` before moves to `keep`. Where the disk is full, the old file stays.
     """
     beside = path.with_name(f".{path.name}.tmp")
-    try:
+    with writing(path), contextlib.ExitStack() as mess:
+        mess.callback(beside.unlink, missing_ok=True)
         with open(beside, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        mess.pop_all()
         if keep and path.exists():
             os.replace(path, keep)
         os.replace(beside, path)
         flush_folder(path.parent)
-    except (OSError, RuntimeError) as error:
-        error = error if isinstance(error, OSError) else error.__context__ or error  # torch.save hides what happened
-        reason = getattr(error, "strerror", None) or error
-        with contextlib.suppress(OSError):
-            beside.unlink()
-        raise UserError(f"cannot write {path} ({reason}): free space or mend the folder's permissions, then run the "
-                        "same command again") from None  # fmt: skip
 
 
 def flush_folder(folder):
@@ -1164,19 +1184,19 @@ class Run:
 
     def lock(self):
         """Refuse a folder in which another process is at work; its lock goes with it, however it ends."""
-        self.lock_file = open(self.folder / ".lock", "a+")
+        path = self.folder / ".lock"
+        lock = os.open(path, os.O_RDWR | os.O_CREAT)  # open to the end of the process
         try:
             # A record lock: one of flock() would be held on by the workers of a killed process.
-            fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            self.lock_file.seek(0)
-            raise UserError(f"{self.folder} is in use by {self.lock_file.read().strip()}: pass another --out, or stop "
-                            "that one first") from None  # fmt: skip
+            raise UserError(f"{self.folder} is in use by {path.read_text()}: pass another --out, or stop that one "
+                            "first") from None  # fmt: skip
         except OSError as error:
             print(f"warning: {self.folder} cannot be locked ({error.strerror}): let no other run write there",
                   file=sys.stderr)  # fmt: skip
-        self.lock_file.truncate(0)
-        print(f"process {os.getpid()} on {platform.node()}", file=self.lock_file, flush=True)
+        os.ftruncate(lock, 0)
+        os.write(lock, f"process {os.getpid()} on {platform.node()}".encode())
 
     def check(self, config):
         """Refuse a folder that holds another run."""
@@ -1192,7 +1212,8 @@ class Run:
             raise UserError(f"cannot read {self.folder / 'config.json'} ({error}): pass another --out") from None
         new = {**config["arguments"], **config["inputs"], "script": config["script"]}
         names = sorted(name for name in (old.keys() | new.keys()) - FREE_ARGUMENTS if old.get(name) != new.get(name))
-        differ = [f"{name.replace('_', '-')} {old.get(name)} there, {new.get(name)} here" for name in names]
+        spelled = {name: name.replace("_", "-") for name in vars(self.args)}
+        differ = [f"{spelled.get(name, name)} {old.get(name)} there, {new.get(name)} here" for name in names]
         if differ:
             raise UserError(f"{self.folder} holds another run ({'; '.join(differ)}): pass another --out")
 
@@ -1231,7 +1252,8 @@ class Run:
         log = self.folder / "log.jsonl"
         if rank() == 0 and log.exists() and (checkpoint or "of" not in about):
             size = checkpoint.get("log_bytes", 0)  # lines after the checkpoint are about to be written again
-            os.truncate(log, min(size, log.stat().st_size))
+            with writing(log):
+                os.truncate(log, min(size, log.stat().st_size))
         if not checkpoint:
             self.save(0)  # so that a disk without room shows now
         elif rank() == 0:
@@ -1265,7 +1287,8 @@ class Run:
         if not torch.stack([p.isfinite().all() for p in weights]).all():
             self.not_finite(step, "a weight")
         if rank() == 0:
-            with open(self.folder / "log.jsonl", "ab") as log:
+            path = self.folder / "log.jsonl"
+            with writing(path), open(path, "ab") as log:
                 os.fsync(log.fileno())
                 log_bytes = log.tell()
             checkpoint = {
@@ -1407,12 +1430,9 @@ class Run:
         """Append a line to log.jsonl (and to TensorBoard)."""
         if rank() > 0:
             return
-        try:
-            with open(self.folder / "log.jsonl", "ab") as log:
-                log.write(json.dumps(values).encode() + b"\n")
-        except OSError as error:
-            raise UserError(f"cannot write {self.folder / 'log.jsonl'} ({error.strerror}): free space or mend the "
-                            "folder's permissions, then run the same command again") from None  # fmt: skip
+        path = self.folder / "log.jsonl"
+        with writing(path), open(path, "ab") as log:
+            log.write(json.dumps(values).encode() + b"\n")
         if self.args.tensorboard:
             if not self.writer:
                 from torch.utils.tensorboard import SummaryWriter

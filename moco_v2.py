@@ -86,6 +86,8 @@ def cosine_lr(lr, epoch, epochs):
 
 def main():
     args = parse_args()
+    if args.queue_size < args.batch_size:
+        raise common.UserError(f"--queue-size {args.queue_size} is smaller than --batch-size {args.batch_size}")
     device = common.init_device(args.seed)
     dataset, size = common.load_dataset(args.data, args.data_root, "pretrain", device, args.image_size)
     view = common.View(size)

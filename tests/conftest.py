@@ -1,6 +1,8 @@
 """What the tests share: golden vectors, the small network they were computed with, and ways to run a script."""
 
 import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -97,16 +99,41 @@ def golden_fill(shapes):
     return state
 
 
-def run_script(line, processes=1, cwd=ROOT, check=True):
-    """Run a command line, "SCRIPT.py --flag ...", as a user does; returns the finished process."""
+def start_script(line, processes=1, launch="", cwd=ROOT):
+    """Start a command line, "SCRIPT.py --flag ...", as a user does, in a process group of its own; returns it.
+
+    launch: further options of torchrun, which is used where there are any or several processes.
+    """
     name, *args = line.split()
-    launch = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port", str(free_port())]
-    command = [sys.executable, *(launch if processes > 1 else []), str(ROOT / name), *args]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, str(ROOT / name), *args]
+    if processes > 1 or launch:
+        where = [] if "--rdzv" in launch else ["--master_port", str(free_port())]
+        command[1:1] = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", *where, *launch.split()]
+    env = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # as README says, for several agents
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        command, cwd=cwd, env={**os.environ, **env}, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+    )
+
+
+def run_script(line, processes=1, cwd=ROOT, check=True):
+    """Run a command line to its end; returns the finished process."""
+    process = start_script(line, processes, cwd=cwd)
+    try:
+        out, errors = process.communicate(timeout=300)
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
     if check:
-        assert done.returncode == 0, done.stdout + done.stderr
-    return done
+        assert process.returncode == 0, out + errors
+    return subprocess.CompletedProcess(line, process.returncode, out, errors)
+
+
+def told(errors):
+    """Lines that a script told its user on stderr, its progress bars aside."""
+    lines = errors.replace("\x1b[A", "").replace("\r", "\n").splitlines()  # "cursor up", where another bar stood
+    return [line for line in lines if line.strip() and "img/s" not in line]
 
 
 def free_port():
@@ -179,4 +206,16 @@ def image_folder(tmp_path_factory):
             for i, (shape, mode, suffix) in enumerate(zip(shapes, modes, suffixes, strict=True)):
                 pixels = rng.integers(0, 256, (*shape, 3), dtype=np.uint8)
                 Image.fromarray(pixels).convert(mode).save(folder / f"{i}.{suffix}")
+    return root
+
+
+@pytest.fixture(scope="session")
+def broken_folder(tmp_path_factory, image_folder):
+    """The image folder with three unreadable training images (cut off, no image, empty) and one for validation."""
+    root = tmp_path_factory.mktemp("broken") / "images"
+    shutil.copytree(image_folder, root)
+    os.truncate(root / "train" / "ant" / "0.jpg", 400)
+    (root / "train" / "bee" / "1.JPEG").write_bytes(b"no image")
+    (root / "train" / "bee" / "6.png").write_bytes(b"")
+    (root / "val" / "ant" / "2.jpg").write_bytes(b"\xff\xd8\xff no image")
     return root

@@ -134,10 +134,13 @@ def loaded_shapes(root):
     return loaded(common.load_dataset("shapes:48", None, "train", CPU)[0], 12)
 
 
-@pytest.mark.parametrize("function", [loaded_folder, loaded_shapes])
-def test_images_are_the_same_for_any_number_of_processes_and_workers(function, image_folder, tmp_path):
-    alone, labels = function(image_folder)
-    parts = on_processes(2, function, tmp_path, image_folder)
+@pytest.mark.parametrize("function, folder", [
+    (loaded_folder, "image_folder"), (loaded_folder, "broken_folder"), (loaded_shapes, "image_folder"),
+])  # fmt: skip
+def test_images_are_the_same_for_any_number_of_processes_and_workers(function, folder, request, tmp_path):
+    root = request.getfixturevalue(folder)
+    alone, labels = function(root)
+    parts = on_processes(2, function, tmp_path, root)
     for i in (0, 1):  # step by step, the two shares make the batch
         steps = [torch.cat(shares) for shares in zip(*(views[i].chunk(3) for views, _ in parts), strict=True)]
         torch.testing.assert_close(torch.cat(steps), alone[i], rtol=0, atol=1e-5)
@@ -171,8 +174,9 @@ def test_folder_decodes_every_kind_of_file_and_crops_for_evaluation(image_folder
 
     dataset = common.FolderDataset(image_folder / "train")
     assert len(dataset) == 16 and dataset.num_classes == 2 and dataset.classes == ["ant", "bee"]
-    (images,), labels = dataset[common.Job(np.arange(16), [common.View(28, scale=None)], None)]
+    (images,), labels, unreadable = dataset[common.Job(np.arange(16), [common.View(28, scale=None)], None, None)]
     assert images.dtype == torch.uint8 and images.shape == (16, 3, 28, 28) and labels.tolist() == [0] * 8 + [1] * 8
+    assert not unreadable
     for path, image in zip(dataset.paths, images, strict=True):
         rgb = TF.pil_to_tensor(Image.open(os.fsdecode(path)).convert("RGB"))
         expected = TF.center_crop(TF.resize(rgb, [32], antialias=True), [28, 28])

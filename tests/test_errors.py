@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import run_script
+from conftest import free_port, run_script, told
 
 import common
 
@@ -21,7 +21,8 @@ def folder(tmp_path, monkeypatch, image_folder, teacher_file):
     (tmp_path / "empty").mkdir()
     (tmp_path / "no_images" / "train" / "ant").mkdir(parents=True)
     (tmp_path / "broken" / "train" / "ant").mkdir(parents=True)
-    (tmp_path / "broken" / "train" / "ant" / "bad.jpg").write_bytes(b"\xff\xd8\xff no image")
+    for name in ("bad1.jpg", "bad2.jpg"):
+        (tmp_path / "broken" / "train" / "ant" / name).write_bytes(b"\xff\xd8\xff no image")
     for split, name in (("train", "ant"), ("train", "bee"), ("val", "ant"), ("val", "cow")):
         (tmp_path / "mixed" / split / name).mkdir(parents=True)
         (tmp_path / "mixed" / split / name / "0.jpg").symlink_to(image_folder / "train" / "ant" / "0.jpg")
@@ -35,6 +36,8 @@ def folder(tmp_path, monkeypatch, image_folder, teacher_file):
     del half["model"]["encoder.backbone.bn1.weight"]
     torch.save(half, tmp_path / "half.pth")
     (tmp_path / "file").write_text("")
+    (tmp_path / "torn_run").mkdir()
+    (tmp_path / "torn_run" / "config.json").write_text("{")
     (tmp_path / "other_run").mkdir()
     (tmp_path / "other_run" / "backbone.pth").write_text("someone's")
     return tmp_path
@@ -78,15 +81,15 @@ MISTAKES = {
     f"{MOCO} --data nowhere": ["nowhere", "--data"],
     f"{MOCO} --data empty": ["empty/train", "--data"],
     f"{MOCO} --data no_images": ["no_images/train", "ant"],
-    f"{MOCO} --data broken --batch-size 1 --workers 0": ["broken/train/ant/bad.jpg", "remove"],
-    f"{MOCO} --data broken --batch-size 1 --workers 1": ["broken/train/ant/bad.jpg", "remove"],
+    f"{MOCO} --data broken --batch-size 1 --workers 0": ["broken/train/ant/bad", "remove"],
+    f"{MOCO} --data broken --batch-size 1 --workers 1": ["broken/train/ant/bad", "remove"],
     f"{MOCO} --data shapes:many": ["shapes:many", "shapes:2000"],
     f"{MOCO} --data shapes:5": ["shapes:5"],
     f"{MOCO} --data cifar10 --data-root file": ["cifar10", "--data-root"],
     f"{MOCO} --arch resnet9": ["resnet9", "did you mean"],
     f"{MOCO} --arch xyz": ["xyz", "torchvision"],
     f"{MOCO} --arch vgg11": ["vgg11", "16", "--image-size"],
-    f"{MOCO} --batch-size 100": ["--batch-size 100", "64"],
+    f"{MOCO} --batch-size 100 --queue-size 100": ["--batch-size 100", "64"],
     f"{MOCO} --batch-size many": ["--batch-size", "many"],
     f"{MOCO} --lr 0": ["--lr", "0"],
     f"{MOCO} --lr nan": ["--lr", "nan"],
@@ -94,6 +97,23 @@ MISTAKES = {
     f"{MOCO} --weight-decay -1": ["--weight-decay", "-1"],
     f"{MOCO} --workers -1": ["--workers", "-1"],
     f"{MOCO} --queue 5 --colour": ["--colour"],
+    f"{MOCO} --queue-size 8": ["--queue-size 8", "--batch-size 16"],
+    f"{MOCO} --checkpoint-minutes 0": ["--checkpoint-minutes", "0"],
+    f"{MOCO} --max-bad-images -1": ["--max-bad-images", "-1"],
+    f"{MOCO} --image-size 0": ["--image-size", "0"],
+    f"{MOCO} --epochs 0.5": ["--epochs", "0.5"],
+    f"{MOCO} --amp fp8": ["--amp", "fp8", "bf16"],
+    f"{MOCO} --arch vit_b_16 --image-size 20": ["vit_b_16", "20"],
+    f"{MOCO} --data file": ["file/train", "--data"],
+    f"{MOCO} --out torn_run": ["torn_run/config.json", "--out"],
+    f"RANK=zero WORLD_SIZE=2 MASTER_ADDR=localhost MASTER_PORT=1 {MOCO}": ["RANK", "zero", "torchrun"],
+    f"RANK=0 WORLD_SIZE=two MASTER_ADDR=localhost MASTER_PORT=1 {MOCO}": ["WORLD_SIZE", "two", "torchrun"],
+    f"RANK=2 WORLD_SIZE=2 MASTER_ADDR=localhost MASTER_PORT=1 {MOCO}": ["RANK is 2", "WORLD_SIZE, 2"],
+    f"RANK=0 MASTER_ADDR=localhost MASTER_PORT=1 {MOCO}": ["WORLD_SIZE", "missing", "torchrun"],
+    f"RANK=0 WORLD_SIZE=1 MASTER_PORT=1 {MOCO}": ["MASTER_ADDR", "missing", "torchrun"],
+    f"RANK=0 WORLD_SIZE=1 MASTER_ADDR=localhost MASTER_PORT=http {MOCO}": ["MASTER_PORT", "http"],
+    f"RANK=0 WORLD_SIZE=1 MASTER_ADDR=localhost MASTER_PORT=99999 {MOCO}": ["MASTER_PORT", "localhost:99999"],
+    f"LOCAL_RANK=first {MOCO} --data cifar10": ["LOCAL_RANK", "first"],
     f"{EVAL} --weights": ["--weights"],
     f"{EVAL} --weights missing.pth": ["missing.pth"],
     f"{EVAL} --weights random": ["random", "--arch"],
@@ -107,16 +127,18 @@ MISTAKES = {
 
 @pytest.mark.parametrize("line", MISTAKES, ids=[" ".join(line.split()[-3:]) for line in MISTAKES])
 def test_a_mistake_is_told_in_one_line(line, folder, monkeypatch, capfd):
-    script, *arguments = line.split()
+    variables = [word.split("=") for word in line.split(" ") if "=" in word]
+    script, *arguments = line.split(" ")[len(variables) :]
+    for name, value in variables:
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "argv", [script, *arguments])
     with pytest.raises(SystemExit) as stop:
         common.run_script(importlib.import_module(script.removesuffix(".py")).main)
-    told = capfd.readouterr().err.replace("\x1b[A", "").splitlines()  # "cursor up", where another test left its bar
-    told = [line for line in told if line.strip() and "img/s" not in line]
+    lines = told(capfd.readouterr().err)
     assert stop.value.code == 2
-    assert len(told) == 1 and told[0].startswith(f"{script}: error: "), told
+    assert len(lines) == 1 and lines[0].startswith(f"{script}: error: "), lines
     for word in MISTAKES[line]:
-        assert word in told[0], told[0]
+        assert word in lines[0], lines[0]
     assert not (folder / "ran.txt").exists()
     assert (folder / "other_run" / "backbone.pth").read_text() == "someone's"
 
@@ -141,18 +163,52 @@ def test_another_run_in_the_same_folder_is_refused_and_named(folder, monkeypatch
     assert (folder / "run" / "checkpoint.pth").read_bytes() == before
 
 
-@pytest.mark.parametrize("line, words", [
-    (f"{MOCO} --batch-size 15", ["--batch-size 15", "2 processes"]),
-    (f"{MOCO} --arch resnet9", ["resnet9"]),
-    (f"{MOCO} --lr hot", ["--lr", "hot"]),
-    (f"{DISCO} missing.pth", ["missing.pth"]),
-])  # fmt: skip
-def test_two_processes_tell_a_mistake_once(line, words, folder):
-    done = run_script(line, processes=2, cwd=folder, check=False)
-    told = [line for line in done.stderr.splitlines() if ": error: " in line]
-    assert done.returncode != 0 and "exitcode  : 2" in done.stderr and len(told) == 1
-    assert all(word in told[0] for word in words)
-    assert done.stderr.count("Traceback") == done.stderr.count("ChildFailedError(") == 1  # torchrun's own report
+ON_TWO = {
+    f"{MOCO} --batch-size 15": ["--batch-size 15", "2 processes"],
+    f"{MOCO} --arch resnet9": ["resnet9"],
+    f"{MOCO} --lr hot": ["--lr", "hot"],
+    f"{MOCO} --data nowhere": ["nowhere"],
+    f"{MOCO} --data broken --batch-size 2 --workers 0": ["broken/train/ant/bad"],
+    f"{MOCO} --data cifar10 --data-root file": ["cifar10", "--data-root"],
+    f"{MOCO} --out other_run": ["backbone.pth", "--out"],
+    f"{MOCO} --queue-size 8": ["--queue-size 8"],
+    f"{DISCO} missing.pth": ["missing.pth"],
+    f"{DISCO} code.pth": ["could run code"],
+    f"{EVAL} --weights random": ["--arch"],
+    f"LOCAL_RANK=first {MOCO} --data cifar10": ["LOCAL_RANK"],
+}
+
+
+def make_mistakes(rank, ports, folder):
+    """One of two processes: forks for every mistake, leaves what it tells in files, and its exit code."""
+    os.chdir(folder)
+    for number, (line, port) in enumerate(zip(ON_TWO, ports, strict=True)):
+        child = os.fork()
+        if not child:
+            where = f"RANK={rank} LOCAL_RANK={rank} WORLD_SIZE=2 MASTER_ADDR=localhost MASTER_PORT={port} {line}"
+            where = where.split()
+            os.environ.update(word.split("=") for word in where if "=" in word)
+            os.dup2(os.open(f"{number}.{rank}.txt", os.O_WRONLY | os.O_CREAT), 2)
+            sys.argv = [word for word in where if "=" not in word]
+            common.run_script(importlib.import_module(sys.argv[0].removesuffix(".py")).main)
+        status = os.waitpid(child, 0)[1]
+        (folder / f"{number}.{rank}.code").write_text(str(os.waitstatus_to_exitcode(status)))
+
+
+def test_two_processes_tell_a_mistake_once(folder):
+    ports = [free_port() for _ in ON_TWO]
+    torch.multiprocessing.spawn(make_mistakes, (ports, folder), nprocs=2)
+    for number, (line, words) in enumerate(ON_TWO.items()):
+        lines = [line for rank in (0, 1) for line in told((folder / f"{number}.{rank}.txt").read_text())]
+        assert len(lines) == 1 and all(word in lines[0] for word in words), (line, lines)
+        assert [(folder / f"{number}.{rank}.code").read_text() for rank in (0, 1)].count("2") >= 1, line
+
+
+def test_torchrun_shows_one_line_and_its_own_report(folder):
+    done = run_script(f"{DISCO} missing.pth", processes=2, cwd=folder, check=False)
+    lines = [line for line in done.stderr.splitlines() if ": error: " in line]
+    assert done.returncode != 0 and "exitcode  : 2" in done.stderr and len(lines) == 1 and "missing.pth" in lines[0]
+    assert done.stderr.count("Traceback") == done.stderr.count("ChildFailedError(") == 1
 
 
 def test_exit_code_is_2_from_the_shell(tmp_path):

@@ -97,7 +97,15 @@ def test_script_from_end_to_end(tmp_path):
     assert "backbone.pth" in done.stdout and "img/s" in done.stderr and "loss=" in done.stderr
     for stop in (1, 4, 6):
         run_script(f"{line} {parts} --max-steps {stop}")
-    names = {"config.json", "log.jsonl", "views.png", "checkpoint.pth", "backbone.pth"}
+    names = {
+        "config.json",
+        "log.jsonl",
+        "views.png",
+        "checkpoint.pth",
+        "checkpoint.before.pth",
+        "backbone.pth",
+        ".lock",
+    }
     assert {path.name for path in whole.iterdir()} == {path.name for path in parts.iterdir()} == names
 
     first, second = (torch.load(folder / "checkpoint.pth", weights_only=True) for folder in (whole, parts))
@@ -108,12 +116,12 @@ def test_script_from_end_to_end(tmp_path):
         assert torch.equal(one["momentum_buffer"], other["momentum_buffer"])
 
     log = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in log] == [3, 6, 6] and 0 <= log[-1]["knn"] <= 100
-    assert all(line["loss"] > 0 and line["images_per_second"] > 0 for line in log[:2])
-    assert log[1]["lr"] == pytest.approx(0.015)
+    assert [(line["step"], "knn" in line) for line in log] == [(0, True), (3, False), (6, False), (6, True)]
+    assert 0 <= log[-1]["knn"] <= 100 and all(line["loss"] > 0 and line["images_per_second"] > 0 for line in log[1:3])
+    assert log[2]["lr"] == pytest.approx(0.015)
     assert json.loads((whole / "config.json").read_text())["arguments"]["queue_size"] == 50
 
     again = run_script(f"{line} {whole}")
-    assert "going on from step 6" in again.stderr and len((whole / "log.jsonl").read_text().splitlines()) == 3
+    assert "going on from step 6" in again.stderr and len((whole / "log.jsonl").read_text().splitlines()) == 4
     backbone = common.build_backbone("resnet8", 16)
     backbone.load_state_dict(torch.load(whole / "backbone.pth", weights_only=True))

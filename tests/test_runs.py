@@ -1,0 +1,384 @@
+"""Runs survive: kills, signals, full disks, damaged files, bad images; and they end in one line where they cannot."""
+
+import argparse
+import importlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import faults
+import pytest
+import torch
+from conftest import free_port, run_script, start_script, told
+
+import common
+
+SMALL = "--data shapes:64 --image-size 16 --batch-size 16 --queue-size 50"
+MOCO = f"moco_v2.py {SMALL} --arch resnet8 --dim 16"
+
+
+def run(line):
+    """Run a command line in this process."""
+    script, *arguments = line.split()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [script, *map(str, arguments)])
+        common.run_script(importlib.import_module(script.removesuffix(".py")).main)
+
+
+def refused(line, capfd):
+    """The one line that a command line ends with in this process, with exit code 2."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run(line)
+    lines = [line for line in told(capfd.readouterr().err) if "error: " in line]
+    assert stop.value.code == 2 and len(lines) == 1, lines
+    return lines[0]
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def wait_for(condition, seconds=120):
+    """Wait until condition() holds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def has_logged(folder):
+    """A condition: the run has written a line more than now."""
+    log = folder / "log.jsonl"
+    size = log.stat().st_size if log.exists() else 0
+    return lambda: log.exists() and log.stat().st_size > size
+
+
+def assert_same_outcome(one, other):
+    assert not faults.differences(faults.outcome(one), faults.outcome(other))
+
+
+# ---------------------------------------------------------------------------------------------------------------- Kills
+
+
+def test_three_kills_of_the_fault_program(tmp_path):
+    """All 25, and on two processes: python tests/faults.py [--processes 2]"""
+    for kind, number, _, differ in faults.survived(tmp_path, points=3, seed=5, processes=1):
+        assert not differ, (kind, number)
+
+
+def test_signals_save_and_a_second_process_is_refused(tmp_path, image_folder, teacher_file):
+    """Sent to the whole group, as Slurm does: the loading processes too."""
+    line = (
+        f"disco.py --data {image_folder} --teacher {teacher_file} --student resnet8 --image-size 16 --batch-size 4 "
+        "--queue-size 10 --workers 2 --epochs 30 --checkpoint-minutes 1000 --out"
+    )
+    run_script(f"{line} {tmp_path}/whole")
+    out = tmp_path / "stopped"
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        ready = has_logged(out)
+        process = start_script(f"{line} {out}")
+        wait_for(ready)
+        if number == signal.SIGUSR1:
+            process.send_signal(signal.SIGSTOP)
+            second = run_script(f"{line} {out}", check=False)
+            process.send_signal(signal.SIGCONT)
+            assert second.returncode == 2 and f"in use by process {process.pid}" in second.stderr
+        start = time.monotonic()
+        os.killpg(process.pid, number)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 143 and time.monotonic() - start < 10
+        assert f"stopped by {number.name}" in errors and "Traceback" not in errors
+        assert common.load_file(out / "checkpoint.pth")["step"] < 120
+    run_script(f"{line} {out}")
+    assert_same_outcome(tmp_path / "whole", out)
+
+
+@pytest.fixture(scope="module")
+def on_two(tmp_path_factory, teacher_file):
+    """A command line without its --out, and the folder of its undisturbed run on two processes."""
+    line = (
+        f"disco.py {SMALL} --teacher {teacher_file} --student resnet8 --epochs 40 --knn-every 20 "
+        "--checkpoint-minutes 0.01 --out"
+    )
+    out = tmp_path_factory.mktemp("whole")
+    run_script(f"{line} {out}", processes=2)
+    return line, out
+
+
+def test_torchrun_stops_and_brings_back(tmp_path, on_two):
+    """SIGTERM to torchrun; the same command again, of which one process is killed: --max-restarts brings it back."""
+    line, whole = on_two
+    out = tmp_path / "run"
+    ready = has_logged(out)
+    process = start_script(f"{line} {out}", processes=2)
+    wait_for(ready)
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert errors.count("stopped by SIGTERM") == 1 and "lost contact" not in errors
+    ready = has_logged(out)
+    process = start_script(f"{line} {out}", processes=2, launch="--max-restarts=3")
+    wait_for(ready)
+    os.kill(worker_of(out), signal.SIGKILL)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0 and "going on from step" in errors and "Traceback" not in errors
+    assert_same_outcome(whole, out)
+
+
+def worker_of(out):
+    """Number of the process that holds a run's folder, its rank 0."""
+    return int((out / ".lock").read_text().split()[1])
+
+
+def test_two_agents_go_on_after_one_was_killed(tmp_path, on_two):
+    line, whole = on_two
+    out = tmp_path / "run"
+    launch = f"--nnodes=2 --max-restarts=3 --rdzv-backend=c10d --rdzv-endpoint=localhost:{free_port()} --rdzv-id=run"
+    ready = has_logged(out)
+    first = start_script(f"{line} {out}", processes=1, launch=launch)
+    time.sleep(2)  # it keeps the meeting point, and so lives on
+    second = start_script(f"{line} {out}", processes=1, launch=launch)
+    wait_for(ready)
+    second.kill()  # the agent alone: its process finds itself without
+    third = start_script(f"{line} {out}", processes=1, launch=launch)
+    for agent in (first, third):
+        _, errors = agent.communicate(timeout=200)
+        assert agent.returncode == 0, errors
+    second.communicate(timeout=60)
+    assert_same_outcome(whole, out)
+
+
+def test_one_failing_process_ends_all_and_alone_tells(tmp_path):
+    script = tmp_path / "fails.py"
+    script.write_text(
+        "import sys, torch, common\n"
+        "def main():\n"
+        "    if common.rank() == 1:\n"
+        "        raise ValueError('odd')\n"
+        "    for _ in range(10**6):\n"
+        "        common.gather(torch.ones(1))\n"
+        "common.run_script(main)\n"
+    )
+    start = time.monotonic()
+    done = run_script(str(script), processes=3, check=False)
+    assert time.monotonic() - start < 60 and done.returncode == 1
+    own = done.stderr.partition("torch/distributed/elastic")[0]
+    assert own.count("Traceback") == 1 and own.count("ValueError: odd") == 1 and "gloo" not in done.stderr
+    left = subprocess.run(["pgrep", "-f", str(script)], capture_output=True, text=True).stdout
+    assert not left
+
+
+# ---------------------------------------------------------------------------------------------------------------- Files
+
+
+@pytest.fixture
+def half_run(tmp_path):
+    """Folder of a run with one of its two epochs done, in which checkpoint.before.pth is of its start."""
+    out = tmp_path / "run"
+    run(f"{MOCO} --epochs 2 --out {out} --max-steps 4")
+    return out
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "cut off": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "empty": lambda path: os.truncate(path, 0),
+    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "missing": lambda path: path.unlink(),
+    "a bit": flip_a_bit,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(damage, tmp_path, half_run, capfd):
+    run(f"{MOCO} --epochs 2 --out {tmp_path}/whole")
+    DAMAGES[damage](half_run / "checkpoint.pth")
+    capfd.readouterr()
+    run(f"{MOCO} --epochs 2 --out {half_run}")
+    warning = [line for line in told(capfd.readouterr().err) if line.startswith("warning")]
+    assert len(warning) == 1 and f"{half_run}/checkpoint.pth" in warning[0] and "the one before" in warning[0]
+    assert_same_outcome(tmp_path / "whole", half_run)
+
+
+def test_two_damaged_checkpoints_are_refused_and_left(half_run, capfd):
+    for name in ("checkpoint.pth", "checkpoint.before.pth"):
+        os.truncate(half_run / name, 5000)
+    assert "checkpoint.before.pth" in refused(f"{MOCO} --epochs 2 --out {half_run}", capfd)
+    assert (half_run / "checkpoint.pth").stat().st_size == 5000
+
+
+class Code:
+    def __reduce__(self):
+        return os.system, ("touch ran.txt",)
+
+
+def test_a_checkpoint_with_code_is_refused(half_run, capfd, monkeypatch):
+    monkeypatch.chdir(half_run)
+    torch.save({**common.load_file(half_run / "checkpoint.pth"), "scaler": Code()}, half_run / "checkpoint.pth")
+    assert "could run code" in refused(f"{MOCO} --epochs 2 --out {half_run}", capfd)
+    assert not (half_run / "ran.txt").exists()
+
+
+def test_a_checkpoint_of_another_network_is_refused(half_run, capfd):
+    checkpoint = common.load_file(half_run / "checkpoint.pth")
+    del checkpoint["model"]["encoder.head.0.bias"]
+    torch.save(checkpoint, half_run / "checkpoint.pth")
+    assert "encoder.head.0.bias" in refused(f"{MOCO} --epochs 2 --out {half_run}", capfd)
+
+
+@pytest.mark.parametrize("obstacle, word", [("full", "No space left"), ("folder", "Is a directory")])
+@pytest.mark.parametrize("name", ["checkpoint.pth", "backbone.pth"])
+def test_a_file_that_cannot_be_written_leaves_the_last_good_one(name, obstacle, word, half_run, capfd):
+    beside = half_run / f".{name}.tmp"
+    if obstacle == "full":
+        beside.symlink_to("/dev/full")
+    else:
+        beside.mkdir()
+    before = (half_run / name).read_bytes()
+    message = refused(f"{MOCO} --epochs 2 --out {half_run}", capfd)
+    assert word in message and name in message and "same command" in message
+    assert name == "backbone.pth" or (half_run / name).read_bytes() == before
+    if obstacle == "folder":
+        beside.rmdir()
+    run(f"{MOCO} --epochs 2 --out {half_run}")
+    assert common.load_file(half_run / "checkpoint.pth", whole=True)["step"] == 8
+
+
+def test_a_log_that_cannot_be_written_ends_the_run(tmp_path, capfd):
+    (tmp_path / "log.jsonl").symlink_to("/dev/full")
+    assert "cannot write" in refused(f"{MOCO} --epochs 1 --out {tmp_path}", capfd)
+
+
+def test_another_data_set_and_another_teacher_are_refused(tmp_path, image_folder, teacher_file, capfd):
+    shutil.copytree(image_folder, tmp_path / "images")
+    shutil.copy(teacher_file, tmp_path / "teacher.pth")
+    line = (
+        f"disco.py --data {tmp_path}/images --teacher {tmp_path}/teacher.pth --student resnet8 --image-size 16 "
+        f"--epochs 1 --batch-size 4 --queue-size 10 --workers 0 --out {tmp_path}/run"
+    )
+    run(line)
+    run(f"{line} --workers 1 --checkpoint-minutes 3 --max-bad-images 7")  # do not change the result
+    (tmp_path / "images" / "train" / "bee" / "1.JPEG").unlink()
+    assert "images [16] there, [15] here" in refused(line, capfd)
+    (tmp_path / "images" / "train" / "cow").mkdir()
+    shutil.copy(image_folder / "train" / "ant" / "0.jpg", tmp_path / "images" / "train" / "cow" / "0.jpg")
+    assert "classes [2] there, [3] here" in refused(line, capfd)
+    shutil.rmtree(tmp_path / "images" / "train" / "cow")
+    shutil.copy(image_folder / "train" / "bee" / "1.JPEG", tmp_path / "images" / "train" / "bee")
+    assert "epochs 1 there, 2 here" in refused(f"{line} --epochs 2", capfd)
+    teacher = common.load_file(teacher_file)
+    teacher["model"]["encoder.head.2.bias"] += 1
+    torch.save(teacher, tmp_path / "teacher.pth")
+    assert f"content of {tmp_path}/teacher.pth" in refused(line, capfd)
+
+
+def test_machines_that_do_not_share_the_folder_are_refused(tmp_path):
+    script = tmp_path / "apart.py"
+    script.write_text(
+        "import os, common, moco_v2\nos.chdir(os.environ.get('RANK', '0'))\ncommon.run_script(moco_v2.main)\n"
+    )
+    for folder in "01":
+        (tmp_path / folder).mkdir()
+    line = f"{script} {MOCO.partition(' ')[2]} --epochs 2 --out run"
+    run_script(f"{line} --max-steps 4", cwd=tmp_path)
+    done = run_script(line, processes=2, cwd=tmp_path, check=False)
+    assert done.returncode != 0 and done.stderr.count("--out run must be one folder") == 1
+
+
+# -------------------------------------------------------------------------------------------------- Numbers and images
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_number_that_is_not_finite_stops_the_run(processes, tmp_path):
+    done = run_script(f"{MOCO} --epochs 2 --lr 1e30 --out {tmp_path}/run", processes, check=False)
+    lines = [line for line in told(done.stderr) if "error: " in line]
+    assert len(lines) == 1 and "step 2, epoch 0, learning rate 1e+30" in lines[0], done.stderr
+    assert done.returncode == 2 or processes == 2
+    checkpoint = common.load_file(tmp_path / "run" / "checkpoint.pth", whole=True)
+    assert all(value.isfinite().all() for value in checkpoint["model"].values())
+
+
+@pytest.fixture
+def bare_run(tmp_path, monkeypatch):
+    """A run around one linear layer, which logs every five steps; and the layer."""
+    monkeypatch.setattr(common, "LOG_EVERY", 5)
+    layer = torch.nn.Linear(2, 2)
+    args = argparse.Namespace(out=str(tmp_path / "run"), tensorboard=False, checkpoint_minutes=1e9, max_bad_images=0)
+    bare = common.Run("bare", args)
+    bare.resume(layer, torch.optim.SGD(layer.parameters(), 0.1), torch.amp.GradScaler("cpu"))
+    bare.start_bar(0, 10, 4)
+    return bare, layer
+
+
+def test_the_first_loss_that_is_not_finite_is_named(bare_run):
+    bare, _ = bare_run
+    for step, loss in enumerate([1.0, 2.0, float("inf"), 4.0], 1):
+        bare.track(step, 0, {"loss": torch.tensor(loss)}, 0.1, epoch_ends=False)
+    with pytest.raises(common.UserError, match="a loss is not finite at step 3, epoch 0, learning rate"):
+        bare.track(5, 0, {"loss": torch.tensor(5.0)}, 0.1, epoch_ends=False)
+    assert common.load_file(bare.path)["step"] == 0 and not log_of(bare.folder)
+
+
+def test_a_weight_that_is_not_finite_is_not_saved(bare_run):
+    bare, layer = bare_run
+    bare.track(1, 0, {"loss": torch.tensor(1.0)}, 0.1, epoch_ends=False)
+    layer.weight.data[0, 0] = float("nan")
+    with pytest.raises(common.UserError, match="a weight is not finite at step 1"):
+        bare.save(1)
+    assert common.load_file(bare.path)["step"] == 0
+
+
+def test_losses_between_two_lines_of_the_log_are_kept_with_the_checkpoint(bare_run):
+    bare, _ = bare_run
+    for step in range(1, 4):
+        bare.track(step, 0, {"loss": torch.tensor(float(step))}, 0.1, epoch_ends=False)
+    bare.save(3)
+    bare.track(4, 0, {"loss": torch.tensor(100.0)}, 0.1, epoch_ends=True)
+    assert bare.resume(*bare.state) == 3
+    for step in range(4, 6):
+        bare.track(step, 0, {"loss": torch.tensor(float(step))}, 0.1, epoch_ends=False)
+    assert [(line["step"], line["loss"]) for line in log_of(bare.folder)] == [(5, 3.0)]
+
+
+BAD = {"train/ant/0.jpg", "train/bee/1.JPEG", "train/bee/6.png", "val/ant/2.jpg"}
+
+
+def test_unreadable_images_are_replaced_named_once_and_counted(tmp_path, broken_folder, capfd):
+    line = (
+        f"moco_v2.py --data {broken_folder} --arch resnet8 --image-size 16 --batch-size 8 --queue-size 16 --epochs 3 "
+        f"--knn-every 1 --workers 1 --out {tmp_path}/run"
+    )
+    run(f"{line} --max-steps 4")
+    assert len(told(capfd.readouterr().err)) == 4
+    run(line)
+    assert len(told(capfd.readouterr().err)) == 1  # that it goes on: they are named once
+    named = [values["unreadable"] for values in log_of(tmp_path / "run") if "unreadable" in values]
+    assert len(named) == 4 and {name.removeprefix(f"{broken_folder}/") for name in named} == BAD
+    assert "--max-bad-images" in refused(f"{line}2 --max-bad-images 3", capfd)
+
+
+def test_unreadable_images_found_by_any_process_are_named(tmp_path, broken_folder):
+    done = run_script(
+        f"moco_v2.py --data {broken_folder} --arch resnet8 --image-size 16 --batch-size 8 --queue-size 16 --epochs 2 "
+        f"--workers 1 --out {tmp_path}/run",
+        processes=2,
+    )
+    lines = [line for line in told(done.stderr) if "unreadable" in line]
+    assert len(lines) == 3 and all(any(name in line for line in lines) for name in BAD if name.startswith("train"))
+
+
+def test_evaluation_leaves_unreadable_images_out(broken_folder):
+    encoder = common.Encoder(common.build_backbone("resnet8", 16), torch.nn.Identity())
+    val = common.FolderDataset(broken_folder / "val")
+    features, labels = common.extract_features(encoder, val, 16, 5, 0, torch.device("cpu"))
+    kept = [i for i, path in enumerate(val.paths) if not path.endswith(b"val/ant/2.jpg")]
+    assert len(features) == len(labels) == len(val) - 1 and torch.equal(labels, val.labels[kept])
