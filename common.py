@@ -100,16 +100,18 @@ def run_script(main):
     except Exception as error:
         if store is None:
             raise
-        lost = isinstance(error, dist.DistError) or "gloo" in str(error)
-        reason = str(error).partition(". ")[0].partition("\n")[0]
-        reason = f"process {rank()} lost contact with another one, which ended without a word ({reason})"
-        code, message = 1, f"{script}: {reason}" if lost else traceback.format_exc()
-    if first_to_fail(store):
+        code, message = 1, traceback.format_exc()
+        if isinstance(error, dist.DistError) or "gloo" in str(error):  # what failed is another process
+            reason = str(error).partition(". ")[0].partition("\n")[0]
+            message = "" if rank() else f"{script}: lost contact with a process, which ended without a word ({reason})"
+    if message and first_to_fail(store):
         line_end = "\n" if store and rank() else ""  # of a progress bar, which is rank 0's
         tqdm.write(line_end + message, file=sys.stderr)
     if store is None:
         sys.exit(code)
     sys.stdout.flush(), sys.stderr.flush()
+    if rank() == 0:
+        time.sleep(1)  # it may keep the store, which the others are about to ask
     os._exit(code)  # an ordinary exit waits for collectives whose other side is gone
 
 
@@ -444,12 +446,12 @@ def load_small_set(name, root, split):
     try:
         if environment_number("LOCAL_RANK", 0) == 0:  # one process of a machine fetches, the others wait for it
             opener(root, download=True, **options)
-        if dist.is_initialized():
-            dist.barrier()
-        found = opener(root, **options)
     except (OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{name} is not in {root} and could not be fetched ({reason}): pass --data-root") from None
+    if dist.is_initialized():
+        dist.barrier()
+    found = opener(root, **options)
     images = torch.as_tensor(found.data)
     if images.ndim == 3:  # grey: three channels that share their memory
         images = images[:, None].expand(-1, 3, -1, -1)
