@@ -1133,8 +1133,8 @@ def write_file(path, write, keep=None):
 
 
 def flush_folder(folder):
-    """Have a folder's entries on the disk, where the system knows such a thing."""
-    with contextlib.suppress(PermissionError):
+    """Have a folder's entries on the disk; some file systems do that by themselves and refuse to be asked."""
+    with contextlib.suppress(OSError):
         file = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(file)
@@ -1154,6 +1154,7 @@ class Run:
         self.script, self.folder, self.args = script, Path(args.out), args
         self.path, self.path_before = self.folder / "checkpoint.pth", self.folder / "checkpoint.before.pth"
         self.writer, self.bar, self.losses, self.named = None, None, [], set()
+        FolderDataset.unreadable.clear()
         self.told, self.unsaved, self.ballot, self.saved_at = None, False, None, time.monotonic()
         self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         for number in STOP_SIGNALS:

@@ -116,18 +116,22 @@ def test_the_users_line_on_jpeg_files(tmp_path, image_folder, teacher_file):
 
 
 def test_script_gives_the_same_run_on_one_process_and_on_two(tmp_path, teacher_file):
-    """SqueezeNet has no BatchNorm: images, losses and weights of two processes are those of one."""
+    """SqueezeNet has no BatchNorm: images, losses and weights of two processes, or one and then two, are the same."""
     folders = [tmp_path / "one", tmp_path / "two"]
     line = f"disco.py --data shapes:60 --teacher {teacher_file} --student squeezenet1_1 --batch-size 12 --queue-size 30"
     for processes, folder in enumerate(folders, 1):
         run_script(f"{line} --epochs 1 --out {folder}", processes=processes)
+    for processes in (1, 2):
+        run_script(f"{line} --epochs 1 --out {tmp_path}/grows --max-steps {2 if processes == 1 else 5}", processes)
     one, two = ([json.loads(line) for line in (f / "log.jsonl").read_text().splitlines()] for f in folders)
     for line, other in zip(one, two, strict=True):
         del line["images_per_second"], other["images_per_second"]
         assert line == pytest.approx(other, rel=1e-4)
-    one, two = (torch.load(folder / "backbone.pth", weights_only=True) for folder in folders)
-    for name in one:
-        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-5)
+    folders.append(tmp_path / "grows")
+    one, *others = (torch.load(folder / "backbone.pth", weights_only=True) for folder in folders)
+    for other in others:
+        for name in one:
+            torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=1e-5)
 
 
 def test_resume_inside_an_epoch_ends_with_the_same_bits(tmp_path, teacher_file):
