@@ -853,13 +853,13 @@ def build_backbone(arch, image_size=224):
 
 
 @torch.no_grad()
-def try_image(network, arch, image_size):
+def try_image(network, arch, image_size, option="--image-size"):
     """Raise UserError where the images are too small for the network."""
     try:
         network.eval()(torch.zeros(1, 3, image_size, image_size))
     except (RuntimeError, ValueError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{arch} does not take images of {image_size} pixels ({reason}): raise --image-size") from None
+        raise UserError(f"{arch} does not take images of {image_size} pixels ({reason}): raise {option}") from None
     network.train()
 
 
@@ -899,7 +899,7 @@ class Encoder(nn.Module):
 LAYOUTS = (
     # written by                            backbone              head
     ("moco_v2.py",                          "encoder.backbone.",  "encoder.head."),
-    ("disco.py",                            "student.backbone.",  "student.head."),
+    ("disco.py, seed.py",                   "student.backbone.",  "student.head."),
     ("MoCo v2, the released code",          "module.encoder_q.",  "module.encoder_q.fc."),
     ("torchvision, or a backbone.pth",      "",                   None),
 )  # fmt: skip
@@ -1344,11 +1344,12 @@ class Run:
             write_file(self.folder / "backbone.pth", lambda file: torch.save(backbone.state_dict(), file))
 
     def draw_views(self, *views):
-        """Write views.png: up to eight images, a row for each of their views. views: normalised (N, 3, H, W)."""
+        """Write views.png: up to eight images, a row for each of their views. views: normalised (N, 3, size, size)."""
         if rank() == 0:
             mean, std = (views[0].new_tensor(v).view(3, 1, 1) for v in (MEAN, STD))
-            images = torch.cat([view[:8] * std + mean for view in views]).clamp(0, 1)
-            images = F.interpolate(images, scale_factor=max(1, 128 // images.shape[-1]), mode="nearest")
+            size = max(128, *(view.shape[-1] for view in views))
+            images = [F.interpolate(view[:8] * std + mean, (size, size), mode="nearest") for view in views]
+            images = torch.cat(images).clamp(0, 1)
             save = torchvision.utils.save_image
             write_file(self.folder / "views.png", lambda file: save(images, file, nrow=8, format="png"))
 

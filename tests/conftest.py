@@ -46,7 +46,12 @@ def golden_state(vectors, prefix):
 def golden_encoder(vectors, prefix):
     """Encoder with the golden weights `prefix.KEY`."""
     state = golden_state(vectors, prefix)
-    head = common.mlp_head(state["head.0.weight"].shape[1], len(state["head.0.weight"]), len(state["head.2.weight"]))
+    if "head.weight" in state:
+        head = nn.Linear(*state["head.weight"].shape[::-1])
+    else:
+        head = common.mlp_head(
+            state["head.0.weight"].shape[1], len(state["head.0.weight"]), len(state["head.2.weight"])
+        )
     encoder = common.Encoder(GoldenBackbone(len(state["backbone.conv1.weight"])), head)
     encoder.load_state_dict(state)
     return encoder
@@ -65,13 +70,17 @@ def golden_training(model, network, vectors, steps):
 
     Returns the losses of every step, averaged over processes.
     """
+    inputs = torch.from_numpy(vectors["images"][:steps])
+    if inputs.ndim == 5:  # SEED's: one view, maybe with small crops
+        names = [name for name in ("images", "small_images") if name in vectors]
+        inputs = list(zip(*(torch.from_numpy(vectors[name][:steps]) for name in names), strict=True))
     parallel = common.distribute(model)
     optimizer = torch.optim.SGD(
         network.parameters(), float(vectors["meta_lr"]), momentum=0.9, weight_decay=1e-4, fused=True
     )
     history = []
-    for view1, view2 in torch.from_numpy(vectors["images"][:steps]):
-        losses, keys = parallel(common.local_share(view1), common.local_share(view2))
+    for views in inputs:
+        losses, keys = parallel(*map(common.local_share, views))
         optimizer.zero_grad()
         losses["loss"].backward()
         optimizer.step()
