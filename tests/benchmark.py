@@ -5,6 +5,8 @@
                  crop, flip); colour follows on the training device, here the same core.
     Step         a whole DisCo step (losses, queue, moving average, optimiser) over the forward and backward passes that
                  it cannot do without.
+    SEED         time and memory of its loss and gradients at 256 images and a queue of 65536, against the released way
+                 (a copy of the queue, then the temperature over (N, 1 + K) similarities).
     Saving       the pause of a checkpoint of MoCo v2 with ResNet-50 and a queue of 65536, and what it adds to a run.
     Tracking     what counting a step costs: the log, the question whether to save or to stop.
 
@@ -13,6 +15,7 @@ Each pair runs in turn, so that a change of the machine's speed meets both; the 
 
 import argparse
 import random
+import re
 import statistics
 import sys
 import tempfile
@@ -29,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
 from disco import DisCo
 from moco_v2 import MoCo
+from seed import seed_loss
 
 CPU = torch.device("cpu")
 
@@ -131,6 +135,51 @@ def step(arch, size, batch_size, queue_size):
           f"{1e3 * other:.0f} ms, ratio {ratio:.3f}")  # fmt: skip
 
 
+def released_seed_loss(student, teacher, queue, student_temperature, teacher_temperature):
+    """What the released code's forward and criterion compute, in their order."""
+    queue = queue.T.clone()
+    pairs = torch.einsum("nc,nc->n", student, teacher)[:, None], torch.einsum("nc,ck->nk", student, queue)
+    logits = torch.cat(pairs, dim=1) / student_temperature
+    with torch.no_grad():
+        pairs = torch.einsum("nc,nc->n", teacher, teacher)[:, None], torch.einsum("nc,ck->nk", teacher, queue)
+        target = (torch.cat(pairs, dim=1) / teacher_temperature).softmax(dim=1)
+    return -(target * logits.log_softmax(dim=1)).sum() / len(logits)
+
+
+def seed_memory(loss):
+    """Peak memory in MiB that one call and its backward pass add to a fresh process."""
+    queue, (student, teacher) = seed_inputs()
+    before = peak_memory()
+    loss(student.requires_grad_(), teacher, queue, 0.2, 0.01).backward()
+    return peak_memory() - before
+
+
+def peak_memory():
+    """MiB that this process ever held at once (Linux)."""
+    return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text()).group(1)) / 2**10
+
+
+def seed_inputs():
+    """A queue of 65536 and embeddings of 256 images by student and teacher; numbers too small for a float are 0."""
+    torch.set_flush_denormal(True)  # a CPU takes much longer over them, a GPU does not
+    queue = torch.nn.functional.normalize(torch.randn(65536, 128), dim=1)
+    return queue, torch.nn.functional.normalize(torch.randn(2, 256, 128), dim=2)
+
+
+def seed_queue():
+    """Print time and memory of SEED's loss against the released way."""
+    queue, (student, teacher) = seed_inputs()
+
+    def call(loss):
+        loss(student.clone().requires_grad_(), teacher, queue, 0.2, 0.01).backward()
+
+    one, other, ratio = pairs(lambda: call(seed_loss), lambda: call(released_seed_loss))
+    with torch.multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        ours, theirs = pool.map(seed_memory, [seed_loss, released_seed_loss], chunksize=1)
+    print(f"SEED's loss, 256 images, queue 65536: {1e3 * one:.0f} ms, {ours:.0f} MiB; the released way "
+          f"{1e3 * other:.0f} ms, {theirs:.0f} MiB; ratios {ratio:.2f}, {ours / theirs:.2f}")  # fmt: skip
+
+
 def saving(folder):
     """Print the pause of a checkpoint on the disk of `folder`, and the cost of tracking a step."""
     backbone = common.build_backbone("resnet50")
@@ -161,6 +210,7 @@ def saving(folder):
 def main():
     with tempfile.TemporaryDirectory() as folder:
         saving(Path(folder))
+    seed_queue()
     with tempfile.TemporaryDirectory() as folder:
         files = jpeg_folder(Path(folder))
         paths = [path.decode() for path in files.paths]
