@@ -895,13 +895,15 @@ class Encoder(nn.Module):
         return layers[-1].out_features if layers else self.backbone.feature_dim
 
 
-# Where a file keeps backbone and head. A file has the first layout whose two prefixes both begin some of its keys.
+# Where a file keeps backbone and head, and what it holds besides. A file has the first layout whose two prefixes both
+# begin some of its keys.
 LAYOUTS = (
-    # written by                            backbone              head
-    ("moco_v2.py",                          "encoder.backbone.",  "encoder.head."),
-    ("disco.py, seed.py",                   "student.backbone.",  "student.head."),
-    ("MoCo v2, the released code",          "module.encoder_q.",  "module.encoder_q.fc."),
-    ("torchvision, or a backbone.pth",      "",                   None),
+    # written by                            backbone              head                       left out
+    ("moco_v2.py",                          "encoder.backbone.",  "encoder.head.",           None),
+    ("disco.py, seed.py",                   "student.backbone.",  "student.head.",           None),
+    ("MoCo v1 and v2, the released code",   "module.encoder_q.",  "module.encoder_q.fc.",    None),
+    ("SwAV, DeepCluster-v2, SeLa-v2",       "module.",            "module.projection_head.", "module.prototypes."),
+    ("torchvision, or a backbone.pth",      "",                   None,                      None),
 )  # fmt: skip
 
 
@@ -963,11 +965,11 @@ def split_state(path, checkpoint):
     def part(prefix):
         return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
-    for _, backbone_prefix, head_prefix in LAYOUTS:
+    for _, backbone_prefix, head_prefix, left_out in LAYOUTS:
         backbone, head = part(backbone_prefix), part(head_prefix) if head_prefix else {}
         if backbone and (head or head_prefix is None):
-            head_keys = {head_prefix + key for key in head}
-            return {key: value for key, value in backbone.items() if backbone_prefix + key not in head_keys}, head
+            others = tuple(prefix for prefix in (head_prefix, left_out) if prefix)
+            return {k: v for k, v in backbone.items() if not (backbone_prefix + k).startswith(others)}, head
 
 
 def without_classifier(state, backbone):
@@ -976,12 +978,20 @@ def without_classifier(state, backbone):
 
 
 def build_head(path, state):
-    """The projection head that a state dict belongs to: MoCo v2's, or the identity where there is none."""
+    """The projection head that a state dict belongs to: MoCo v1's, v2's or SwAV's, or the identity for none."""
     shapes = {name: tuple(value.shape) for name, value in state.items()}
     if not shapes:
         return nn.Identity()
+    if shapes.keys() == {"weight", "bias"}:
+        return nn.Linear(*shapes["weight"][::-1])
     if shapes.keys() == {"0.weight", "0.bias", "2.weight", "2.bias"}:
         return mlp_head(shapes["0.weight"][1], shapes["0.weight"][0], shapes["2.weight"][0])
+    if {"0.weight", "1.running_var", "3.weight"} <= shapes.keys():
+        hidden_dim, in_dim = shapes["0.weight"]
+        norm = nn.BatchNorm1d(hidden_dim)
+        return nn.Sequential(
+            nn.Linear(in_dim, hidden_dim), norm, nn.ReLU(), nn.Linear(hidden_dim, len(state["3.weight"]))
+        )
     raise UserError(f"{path} has a projection head of a kind not known here: {shapes}")
 
 
@@ -997,7 +1007,7 @@ def recognize(path, state, image_size):
         if found == {key: value.shape for key, value in network.state_dict().items()}:
             return name
     some = ", ".join(f"{key} {list(value.shape)}" for key, value in list(state.items())[:3])
-    known = "; ".join(name for name, _, _ in LAYOUTS)
+    known = "; ".join(name for name, *_ in LAYOUTS)
     raise UserError(f"{path} fits no network known here (it begins with {some}); files of these are read: {known}")
 
 

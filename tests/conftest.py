@@ -121,19 +121,30 @@ def start_script(line, processes=1, launch="", cwd=ROOT):
     env = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # as README says, for several agents
     pipe = subprocess.PIPE
-    return subprocess.Popen(
+    process = subprocess.Popen(
         command, cwd=cwd, env={**os.environ, **env}, stdout=pipe, stderr=pipe, text=True, start_new_session=True
     )
+    STARTED.append(process)
+    return process
+
+
+STARTED = []
+
+
+@pytest.fixture(autouse=True)
+def end_what_a_failed_test_left():
+    yield
+    while STARTED:
+        process = STARTED.pop()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
 
 
 def run_script(line, processes=1, cwd=ROOT, check=True):
     """Run a command line to its end; returns the finished process."""
     process = start_script(line, processes, cwd=cwd)
-    try:
-        out, errors = process.communicate(timeout=300)
-    except BaseException:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
+    out, errors = process.communicate(timeout=300)
     if check:
         assert process.returncode == 0, out + errors
     return subprocess.CompletedProcess(line, process.returncode, out, errors)
