@@ -123,6 +123,17 @@ MISTAKES = {
     f"{EVAL} --weights teacher.pth --data mixed": ["mixed", "different classes", "bee"],
     f"{EVAL} --weights teacher.pth teacher.pth": ["teacher.pth", "twice"],
 }
+SEED = DISCO.replace("disco", "seed")
+MISTAKES |= {
+    line.replace("disco", "seed"): words  # what holds there holds here
+    for line, words in MISTAKES.items()
+    if line.startswith("disco") and not any(flag in line for flag in ("--teacher-bn", "--distill-weight"))
+} | {
+    f"{SEED} teacher.pth --objective kl": ["--objective", "kl", "contrastive"],
+    f"{SEED} teacher.pth --small-crops -1": ["--small-crops", "-1"],
+    f"{SEED} teacher.pth --teacher-temperature 0": ["--teacher-temperature", "0"],
+    f"{SEED} teacher.pth --student vgg11 --image-size 40 --small-crops 2": ["vgg11", "17 pixels", "--small-size"],
+}
 
 
 @pytest.mark.parametrize("line", MISTAKES, ids=[" ".join(line.split()[-3:]) for line in MISTAKES])
