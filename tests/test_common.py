@@ -348,6 +348,21 @@ def test_shuffle_deals_the_batch_out_and_back(tmp_path):
     assert torch.equal(back, everything) and torch.equal(back1, everything)
 
 
+def features_after_own_batches():
+    """Features by an encoder whose BatchNorm statistics are this process's own."""
+    torch.manual_seed(0)
+    encoder = common.Encoder(common.build_backbone("resnet8", 16), torch.nn.Identity())
+    encoder(torch.randn(8, 3, 16, 16) + common.rank())
+    dataset, size = common.load_dataset("shapes:20", None, "val", CPU, 16)
+    return common.extract_features(encoder, dataset, size, 8, 0, CPU)[0][:50]
+
+
+def test_features_are_by_the_statistics_of_rank_0(tmp_path):
+    alone = features_after_own_batches()
+    for features in on_processes(2, features_after_own_batches, tmp_path):
+        torch.testing.assert_close(features, alone)
+
+
 def features_of_shapes():
     torch.manual_seed(0)
     encoder = common.Encoder(common.build_backbone("resnet8"), torch.nn.Identity())
