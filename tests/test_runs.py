@@ -13,7 +13,8 @@ import time
 import faults
 import pytest
 import torch
-from conftest import free_port, run_script, start_script, told
+import torch.distributed as dist
+from conftest import free_port, on_processes, run_script, start_script, told
 
 import common
 
@@ -150,6 +151,26 @@ def test_two_agents_go_on_after_one_was_killed(tmp_path, on_two):
         assert agent.returncode == 0, errors
     second.communicate(timeout=60)
     assert_same_outcome(whole, out)
+
+
+def meet_again(port, late):
+    """Meet in a store in which an earlier start left its traces, `late` a second after the other."""
+    store = dist.TCPStore("127.0.0.1", port, 2, common.rank() == 0)
+    if common.rank() == 0:
+        for name, value in {"name": "old", "old/1": "answer", "old/answer": ""}.items():
+            store.set(name, value)
+    dist.barrier()
+    time.sleep(common.rank() == late)
+    fresh = common.fresh_store(store)
+    fresh.set(str(common.rank()), "here")
+    met = fresh.get(str(1 - common.rank()))
+    dist.barrier()
+    return met == b"here"
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_processes_meet_where_an_earlier_start_left_its_traces(late, tmp_path):
+    assert on_processes(2, meet_again, tmp_path, free_port(), late) == [True, True]
 
 
 def test_one_failing_process_ends_all_and_alone_tells(tmp_path):
