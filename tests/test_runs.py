@@ -157,13 +157,13 @@ def meet_again(port, late):
     """Meet in a store in which an earlier start left its traces, `late` a second after the other."""
     store = dist.TCPStore("127.0.0.1", port, 2, common.rank() == 0)
     if common.rank() == 0:
-        for name, value in {"name": "old", "old/1": "answer", "old/answer": ""}.items():
-            store.set(name, value)
+        for name in ("name", "old/1", "old/answer", "at 0", "at 1", "old/at 0", "old/at 1"):
+            store.set(name, {"name": "old", "old/1": "answer"}.get(name, "gone"))
     dist.barrier()
     time.sleep(common.rank() == late)
     fresh = common.fresh_store(store)
-    fresh.set(str(common.rank()), "here")
-    met = fresh.get(str(1 - common.rank()))
+    fresh.set(f"at {common.rank()}", "here")
+    met = fresh.get(f"at {1 - common.rank()}")
     dist.barrier()
     return met == b"here"
 
