@@ -67,7 +67,7 @@ MISTAKES = {
     f"{DISCO} text.pth": ["text.pth", "not a checkpoint"],
     f"{DISCO} cut.pth": ["cut.pth"],
     f"{DISCO} code.pth": ["code.pth", "could run code"],
-    f"{DISCO} strange.pth": ["strange.pth", "conv1.weight [4, 3, 3, 3]", "MoCo v2"],
+    f"{DISCO} strange.pth": ["strange.pth", "conv1.weight [4, 3, 3, 3]", "MoCo v1 and v2"],
     f"{DISCO} no_weights.pth": ["no_weights.pth"],
     f"{DISCO} list.pth": ["list.pth"],
     f"{DISCO} half.pth": ["half.pth", "bn1.weight"],
