@@ -150,13 +150,13 @@ def fresh_store(store):
         for other in range(1, world_size()):
             answer = store.get(f"{own}/{other}").decode()
             store.set(f"{own}/{answer}", "")
-        return dist.PrefixStore(own, store)
+        return dist.PrefixStore(f"{own}/met", store)
     while True:
         name = store.get("name").decode()
         store.set(f"{name}/{rank()}", own)
         try:
             store.wait([f"{name}/{own}"], timedelta(seconds=0.5))
-            return dist.PrefixStore(name, store)
+            return dist.PrefixStore(f"{name}/met", store)
         except dist.DistStoreError:  # an old name, or rank 0 is not that far
             continue
 
