@@ -741,7 +741,16 @@ def job_loader(dataset, jobs, workers, device):
 
 
 def leave_signals(worker):
-    """Leave signals that all processes of a job get to the main one: it needs its workers until it has saved."""
+    """Leave signals that all processes of a job get to the main one: it needs its workers until it has saved.
+
+    When it ends then, a worker that was about to hand it a batch says nothing.
+    """
+
+    def tell_error(kind, *error):
+        if not issubclass(kind, (ConnectionError, EOFError)):
+            sys.__excepthook__(kind, *error)
+
+    sys.excepthook = tell_error
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if not hasattr(signal, "sigwaitinfo"):  # macOS
