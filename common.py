@@ -1138,13 +1138,15 @@ def write_file(path, write, keep=None):
     What was at `path` before moves to `keep`. Where the disk is full, the old file stays.
     """
     beside = path.with_name(f".{path.name}.tmp")
-    with writing(path), contextlib.ExitStack() as mess:
-        mess.callback(beside.unlink, missing_ok=True)
-        with open(beside, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        mess.pop_all()
+    with writing(path):
+        try:
+            with open(beside, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+        except (OSError, RuntimeError):
+            beside.unlink(missing_ok=True)  # half a file would take the room that is short
+            raise
         if keep and path.exists():
             os.replace(path, keep)
         os.replace(beside, path)
@@ -1172,9 +1174,11 @@ class Run:
     def __init__(self, script, args, *datasets, files=()):
         self.script, self.folder, self.args = script, Path(args.out), args
         self.path, self.path_before = self.folder / "checkpoint.pth", self.folder / "checkpoint.before.pth"
-        self.writer, self.bar, self.losses, self.named = None, None, [], set()
+        self.bar, self.writer = None, None
+        self.losses, self.named = [], set()  # since the last line of the log; unreadable images named there
         FolderDataset.unreadable.clear()
-        self.told, self.unsaved, self.ballot, self.saved_at = None, False, None, time.monotonic()
+        self.unsaved, self.saved_at = False, time.monotonic()
+        self.told, self.ballot = None, None  # the signal that told this process to stop; what all were asked last
         self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         for number in STOP_SIGNALS:
             signal.signal(number, self.on_signal)
@@ -1239,17 +1243,6 @@ class Run:
         if differ:
             raise UserError(f"{self.folder} holds another run ({'; '.join(differ)}): pass another --out")
 
-    def on_signal(self, number, frame):
-        """Stop after the step that is under way, or at once where all is saved."""
-        self.told = signal.Signals(number).name
-        if not self.unsaved:
-            self.stop()
-
-    def stop(self):
-        """Leave with all saved."""
-        reason = f"by {self.told}" if self.told else "with another process"
-        raise Stopped(f"stopped {reason}, all is saved in {self.folder}; the same command goes on")
-
     def resume(self, model, optimizer, scaler, **about):
         """Load the newest whole checkpoint, if any, and return the number of steps done.
 
@@ -1298,13 +1291,103 @@ class Run:
                     os.replace(self.path, self.folder / "checkpoint.damaged.pth")
             return checkpoint
 
+    def start_bar(self, step, steps, batch_size, title=None):
+        """Show progress in images, with speed and time left, on rank 0."""
+        self.batch_size, self.count, self.clock = batch_size, 0, time.perf_counter()
+        self.bar = tqdm(
+            desc=title or self.script,
+            total=steps * batch_size,
+            initial=step * batch_size,
+            unit="img",
+            unit_scale=True,
+            mininterval=1 if sys.stderr.isatty() else 30,
+            disable=rank() > 0,
+        )
+
+    def track(self, step, epoch, losses, lr, epoch_ends):
+        """Count a step; log the mean losses every LOG_EVERY steps and at the end of an epoch; save where it is time.
+
+        Where a loss is not finite, UserError names the step, at the next line of the log or before the next checkpoint.
+        """
+        self.unsaved, self.place = True, (step, epoch, lr)
+        self.losses.append(torch.stack([value.detach() for value in losses.values()]))
+        self.count += 1
+        self.bar.update(self.batch_size)
+        if len(self.losses) >= LOG_EVERY or epoch_ends:
+            means = dict(zip(losses, self.average_losses().mean(dim=0).tolist(), strict=True))
+            speed = self.count * self.batch_size / (time.perf_counter() - self.clock)
+            title = {"weights": self.about["of"]} if "of" in self.about else {}
+            self.log({**title, "step": step, "epoch": epoch, **means, "lr": lr, "images_per_second": round(speed, 1)})
+            self.bar.set_postfix(loss=f"{means['loss']:.3f}", lr=f"{lr:.2g}", epoch=epoch, refresh=False)
+            self.losses, self.count, self.clock = [], 0, time.perf_counter()
+            self.name_unreadable(step)
+        if self.agree() and not epoch_ends:  # an epoch's end is saved in any case
+            self.save(step)
+
+    def average_losses(self):
+        """Losses since the last line of the log, (steps, losses), averaged over the processes and then kept so.
+
+        Raises UserError where one is not finite.
+        """
+        losses = torch.stack(self.losses)
+        if world_size() > 1:
+            dist.all_reduce(losses)
+            losses /= world_size()
+        self.losses = list(losses)
+        losses = losses.cpu()  # the only wait for the device
+        finite = losses.isfinite().all(dim=1).tolist()
+        if not all(finite):
+            self.not_finite(self.place[0] - len(losses) + 1 + finite.index(False), "a loss")
+        return losses
+
+    def not_finite(self, step, what):
+        """Say where a number stopped to be one."""
+        _, epoch, lr = self.place
+        raise UserError(f"{what} is not finite at step {step}, epoch {epoch}, learning rate {lr:g}; {self.path} is "
+                        "from before: lower --lr, or take --amp off, with another --out")  # fmt: skip
+
+    def name_unreadable(self, step):
+        """Name every unreadable image once, in the log and to the user; too many of them end the run."""
+        if world_size() > 1:
+            found = [None] * world_size()
+            dist.all_gather_object(found, FolderDataset.unreadable)
+            for images in found:
+                FolderDataset.unreadable.update(images)
+        for path, reason in sorted(FolderDataset.unreadable.items()):
+            if path not in self.named:
+                self.named.add(path)
+                self.log({"step": step, "unreadable": path, "reason": reason})
+                if rank() == 0:
+                    tqdm.write(f"warning: unreadable image {path} ({reason}), left out", file=sys.stderr)
+        if len(self.named) > self.args.max_bad_images:
+            raise UserError(f"{len(self.named)} unreadable images, one of them {min(self.named)}: repair or remove "
+                            "them, or raise --max-bad-images")  # fmt: skip
+
+    def log(self, values):
+        """Append a line to log.jsonl (and to TensorBoard)."""
+        if rank() > 0:
+            return
+        path = self.folder / "log.jsonl"
+        with writing(path), open(path, "ab") as log:
+            log.write(json.dumps(values).encode() + b"\n")
+        if self.args.tensorboard:
+            if not self.writer:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.writer = SummaryWriter(self.folder, purge_step=values["step"])
+            for name, value in values.items():
+                if name not in ("step", "epoch") and isinstance(value, (int, float)):
+                    self.writer.add_scalar(name, value, values["step"])
+            self.writer.flush()
+
     def save(self, step):
         """Write checkpoint.pth, all that a resume needs; then stop, if some process was told to.
 
         A frozen teacher stays in its own file. The checkpoint before this one is kept.
         """
         model, optimizer, scaler = self.state
-        self.average_losses()
+        if self.losses:
+            self.average_losses()
         weights = [weight for group in optimizer.param_groups for weight in group["params"]]
         if not torch.stack([p.isfinite().all() for p in weights]).all():
             self.not_finite(step, "a weight")
@@ -1346,16 +1429,23 @@ class Run:
         work.wait()
         return want.item()
 
-    def read(self, name):
-        """Content of a JSON file of the folder, or None."""
-        path = self.folder / name
-        return json.loads(path.read_text()) if path.exists() else None
+    def on_signal(self, number, frame):
+        """Stop after the step that is under way, or at once where all is saved."""
+        self.told = signal.Signals(number).name
+        if not self.unsaved:
+            self.stop()
 
-    def write(self, name, content):
-        """Write a JSON file into the folder."""
+    def stop(self):
+        """Leave with all saved."""
+        reason = f"by {self.told}" if self.told else "with another process"
+        raise Stopped(f"stopped {reason}, all is saved in {self.folder}; the same command goes on")
+
+    def finish(self, backbone):
+        """Close the bar and export the backbone."""
+        self.bar.close()
+        self.export(backbone)
         if rank() == 0:
-            text = json.dumps(content, indent=2) + "\n"
-            write_file(self.folder / name, lambda file: file.write(text.encode()))
+            print(f"{self.folder}: checkpoint.pth, backbone.pth, log.jsonl, views.png")
 
     def export(self, backbone):
         """Write backbone.pth: the network alone, with torchvision's keys."""
@@ -1372,99 +1462,16 @@ class Run:
             save = torchvision.utils.save_image
             write_file(self.folder / "views.png", lambda file: save(images, file, nrow=8, format="png"))
 
-    def start_bar(self, step, steps, batch_size, title=None):
-        """Show progress in images, with speed and time left, on rank 0."""
-        self.batch_size, self.count, self.clock = batch_size, 0, time.perf_counter()
-        self.bar = tqdm(
-            desc=title or self.script,
-            total=steps * batch_size,
-            initial=step * batch_size,
-            unit="img",
-            unit_scale=True,
-            mininterval=1 if sys.stderr.isatty() else 30,
-            disable=rank() > 0,
-        )
+    def read(self, name):
+        """Content of a JSON file of the folder, or None."""
+        path = self.folder / name
+        return json.loads(path.read_text()) if path.exists() else None
 
-    def track(self, step, epoch, losses, lr, epoch_ends):
-        """Count a step; log the mean losses every LOG_EVERY steps and at the end of an epoch; save where it is time.
-
-        Where a loss is not finite, UserError names the step, at the next line of the log or before the next checkpoint.
-        """
-        self.unsaved, self.place = True, (step, epoch, lr)
-        self.losses.append(torch.stack([value.detach() for value in losses.values()]))
-        self.count += 1
-        self.bar.update(self.batch_size)
-        if len(self.losses) >= LOG_EVERY or epoch_ends:
-            self.average_losses()
-            means = dict(zip(losses, torch.stack(self.losses).mean(0).tolist(), strict=True))
-            speed = self.count * self.batch_size / (time.perf_counter() - self.clock)
-            title = {"weights": self.about["of"]} if "of" in self.about else {}
-            self.log({**title, "step": step, "epoch": epoch, **means, "lr": lr, "images_per_second": round(speed, 1)})
-            self.bar.set_postfix(loss=f"{means['loss']:.3f}", lr=f"{lr:.2g}", epoch=epoch, refresh=False)
-            self.losses, self.count, self.clock = [], 0, time.perf_counter()
-            self.name_unreadable(step)
-        if self.agree() and not epoch_ends:  # an epoch's end is saved in any case
-            self.save(step)
-
-    def average_losses(self):
-        """Average the losses since the last line of the log over the processes; UserError where one is not finite."""
-        if not self.losses:
-            return
-        losses = torch.stack(self.losses)
-        if world_size() > 1:
-            dist.all_reduce(losses)
-            losses /= world_size()
-        finite = losses.isfinite().all(dim=1).tolist()  # the only wait for the device
-        if not all(finite):
-            self.not_finite(self.place[0] - len(losses) + 1 + finite.index(False), "a loss")
-        self.losses = list(losses)
-
-    def not_finite(self, step, what):
-        """Say where a number stopped to be one."""
-        _, epoch, lr = self.place
-        raise UserError(f"{what} is not finite at step {step}, epoch {epoch}, learning rate {lr:g}; {self.path} is "
-                        "from before: lower --lr, or take --amp off, with another --out")  # fmt: skip
-
-    def name_unreadable(self, step):
-        """Name every unreadable image once, in the log and to the user; too many of them end the run."""
-        if world_size() > 1:
-            found = [None] * world_size()
-            dist.all_gather_object(found, FolderDataset.unreadable)
-            for images in found:
-                FolderDataset.unreadable.update(images)
-        for path, reason in sorted(FolderDataset.unreadable.items()):
-            if path not in self.named:
-                self.named.add(path)
-                self.log({"step": step, "unreadable": path, "reason": reason})
-                if rank() == 0:
-                    tqdm.write(f"warning: unreadable image {path} ({reason}), left out", file=sys.stderr)
-        if len(self.named) > self.args.max_bad_images:
-            raise UserError(f"{len(self.named)} unreadable images, one of them {min(self.named)}: repair or remove "
-                            "them, or raise --max-bad-images")  # fmt: skip
-
-    def finish(self, backbone):
-        """Close the bar and export the backbone."""
-        self.bar.close()
-        self.export(backbone)
+    def write(self, name, content):
+        """Write a JSON file into the folder."""
         if rank() == 0:
-            print(f"{self.folder}: checkpoint.pth, backbone.pth, log.jsonl, views.png")
-
-    def log(self, values):
-        """Append a line to log.jsonl (and to TensorBoard)."""
-        if rank() > 0:
-            return
-        path = self.folder / "log.jsonl"
-        with writing(path), open(path, "ab") as log:
-            log.write(json.dumps(values).encode() + b"\n")
-        if self.args.tensorboard:
-            if not self.writer:
-                from torch.utils.tensorboard import SummaryWriter
-
-                self.writer = SummaryWriter(self.folder, purge_step=values["step"])
-            for name, value in values.items():
-                if name not in ("step", "epoch") and isinstance(value, (int, float)):
-                    self.writer.add_scalar(name, value, values["step"])
-            self.writer.flush()
+            text = json.dumps(content, indent=2) + "\n"
+            write_file(self.folder / name, lambda file: file.write(text.encode()))
 
 
 def git_commit():

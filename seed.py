@@ -196,9 +196,7 @@ def parse_args():
         "features)")  # fmt: skip
     add("--objective", choices=list(OBJECTIVES), default="seed", help="what the student learns from the teacher "
         "(default %(default)s; the others are the paper's ablations)")  # fmt: skip
-    add(
-        "--queue-size", type=common.positive_int, default=65536, help="embeddings to compare with (default %(default)s)"
-    )
+    add("--queue-size", type=common.positive_int, default=65536, help="embeddings compared (default %(default)s)")
     add("--student-temperature", type=common.positive_float, default=0.2, help="default %(default)s, the paper's")
     add("--teacher-temperature", type=common.positive_float, default=0.01, help="default %(default)s, the paper's (the "
         "released code's default is 1e-4)")  # fmt: skip
