@@ -403,3 +403,15 @@ def test_evaluation_leaves_unreadable_images_out(broken_folder):
     features, labels = common.extract_features(encoder, val, 16, 5, 0, torch.device("cpu"))
     kept = [i for i, path in enumerate(val.paths) if not path.endswith(b"val/ant/2.jpg")]
     assert len(features) == len(labels) == len(val) - 1 and torch.equal(labels, val.labels[kept])
+
+
+def test_a_signal_waits_for_the_step_and_stops_at_once_where_all_is_saved(bare_run):
+    bare, _ = bare_run
+    bare.track(1, 0, {"loss": torch.tensor(1.0)}, 0.1, epoch_ends=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(common.Stopped, match="by SIGTERM"):
+        bare.save(1)
+    assert common.load_file(bare.path)["step"] == 1
+    with pytest.raises(common.Stopped, match="by SIGUSR1"):  # as in a probe between epochs
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(1)

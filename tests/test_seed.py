@@ -1,6 +1,7 @@
 """SEED is the authors' SEED, with and without small crops, on one process and on several, and runs from end to end."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from conftest import (
 )
 
 import common
+import seed
 from seed import OBJECTIVES, SEED, seed_loss, warmup_cosine_lr
 
 
@@ -133,6 +135,7 @@ def test_script_with_small_crops_stops_and_goes_on(tmp_path, teacher_file):
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
     log = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
+    assert [line["lr"] for line in log] == pytest.approx([0.03, 0.03 + (0.03 / 8 - 0.03) / 5])
     assert log[-1]["loss"] == pytest.approx(log[-1]["large"] + log[-1]["small"], rel=1e-5)
     assert common.load_teacher(whole / "checkpoint.pth").dim == 16
 
@@ -146,3 +149,35 @@ def test_a_labelled_teacher_gives_its_features(tmp_path):
     run_script(f"{line} --batch-size 16 --queue-size 40 --epochs 1 --out {tmp_path}/run", processes=2)
     checkpoint = torch.load(tmp_path / "run" / "checkpoint.pth", weights_only=True)["model"]
     assert checkpoint["queue"].shape == (40, 512) and len(checkpoint["student.head.2.weight"]) == 512
+
+
+class Seen(Exception):
+    """What a script handed on; stops it there."""
+
+
+@pytest.mark.parametrize("crops, views", [
+    ("", [common.View(224)]),
+    ("--small-crops 6", [common.View(224, (0.14, 1.0))] + [common.View(96, (0.05, 0.14))] * 6),
+    ("--small-crops 1 --small-size 64", [common.View(224, (0.14, 1.0)), common.View(64, (0.05, 0.14))]),
+])  # fmt: skip
+def test_the_command_line_reaches_the_method(crops, views, tmp_path, teacher_file, monkeypatch):
+    handed = {}
+
+    def loader(dataset, views, *rest):
+        handed["views"] = views
+        return real_loader(dataset, views, *rest)
+
+    def method(*arguments):
+        raise Seen(arguments)
+
+    real_loader = common.Loader
+    monkeypatch.setattr(common, "Loader", loader)
+    monkeypatch.setattr(seed, "SEED", method)
+    line = f"seed.py --data shapes:10 --image-size 224 --teacher {teacher_file} --student resnet18 --queue-size 40"
+    line += f" --batch-size 10 --objective l2 --student-temperature 0.3 --teacher-temperature 0.05 {crops}"
+    monkeypatch.setattr(sys, "argv", line.split())
+    with pytest.raises(Seen) as stop:
+        seed.main()
+    (student, teacher, *rest) = stop.value.args[0]
+    assert student.head[0].out_features == 512 and student.dim == teacher.dim == 16
+    assert rest == [16, 40, 0.3, 0.05, bool(crops), "l2"] and handed["views"] == views
