@@ -1211,7 +1211,7 @@ class Run:
     def lock(self):
         """Refuse a folder in which another process is at work; its lock goes with it, however it ends."""
         path = self.folder / ".lock"
-        lock = os.open(path, os.O_RDWR | os.O_CREAT)  # open to the end of the process
+        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # open to the end of the process
         try:
             # A record lock: one of flock() would be held on by the workers of a killed process.
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
