@@ -84,35 +84,44 @@ def run_script(main):
     Exit code 2 and one line for a `UserError`, 143 for a run that was told to stop, 130 for Ctrl-C. The first process
     that fails tells why; what the others meet then, lost connections above all, is not told.
     """
-    script, store = Path(sys.argv[0]).name, None
+    store = None
     try:
         store = join_processes()
         main()
         if store:
             dist.destroy_process_group()
         return
-    except UserError as error:
-        code, message = 2, f"{script}: error: {error}"
-    except Stopped as stopped:
-        code, message = 143, f"{script}: {stopped}"
-    except KeyboardInterrupt:
-        code, message = 130, "interrupted; the same command goes on from the last checkpoint"
-    except Exception as error:
-        if store is None:
+    except (Exception, Stopped, KeyboardInterrupt) as error:
+        if store is None and not isinstance(error, (UserError, Stopped, KeyboardInterrupt)):
             raise
-        code, message = 1, traceback.format_exc()
-        if isinstance(error, dist.DistError) or "gloo" in str(error):  # what failed is another process
-            reason = str(error).partition(". ")[0].partition("\n")[0]
-            message = "" if rank() else f"{script}: lost contact with a process, which ended without a word ({reason})"
+        code, message = farewell(error, store)
     if message and first_to_fail(store):
-        line_end = "\n" if store and rank() else ""  # of a progress bar, which is rank 0's
-        tqdm.write(line_end + message, file=sys.stderr)
+        tqdm.write(message, file=sys.stderr)
     if store is None:
         sys.exit(code)
     sys.stdout.flush(), sys.stderr.flush()
     if rank() == 0:
         time.sleep(1)  # it may keep the store, which the others are about to ask
     os._exit(code)  # an ordinary exit waits for collectives whose other side is gone
+
+
+def farewell(error, store):
+    """Exit code and message of a process that ends by `error`; no message where another process tells better."""
+    script, line_end = Path(sys.argv[0]).name, ""
+    if store:
+        for number in (signal.SIGINT, *STOP_SIGNALS):  # torchrun sends them now to all that are left
+            signal.signal(number, signal.SIG_IGN)
+        line_end = "\n" if rank() else ""  # of a progress bar, which is rank 0's
+    if isinstance(error, UserError):
+        return 2, f"{line_end}{script}: error: {error}"
+    if isinstance(error, Stopped):
+        return 143, f"{line_end}{script}: {error}"
+    if isinstance(error, KeyboardInterrupt):
+        return 130, f"{line_end}interrupted; the same command goes on from the last checkpoint"
+    if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+        return 1, line_end + "".join(traceback.format_exception(error))
+    reason = str(error).partition(". ")[0].partition("\n")[0]  # what failed is another process
+    return 1, "" if rank() else f"{script}: lost contact with a process, which ended without a word ({reason})"
 
 
 def join_processes():

@@ -204,6 +204,7 @@ def saving(folder):
     start = time.perf_counter()
     for step in range(1, 1001):
         run.track(step, 0, {"loss": torch.tensor(1.0)}, 0.03, epoch_ends=False)
+    run.bar.close()
     print(f"tracking: {1e3 * (time.perf_counter() - start):.0f} us a step")
 
 
