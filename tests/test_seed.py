@@ -158,6 +158,7 @@ class Seen(Exception):
 @pytest.mark.parametrize("crops, views", [
     ("", [common.View(224)]),
     ("--small-crops 6", [common.View(224, (0.14, 1.0))] + [common.View(96, (0.05, 0.14))] * 6),
+    ("--small-crops 1 --image-size 112", [common.View(112, (0.14, 1.0)), common.View(48, (0.05, 0.14))]),
     ("--small-crops 1 --small-size 64", [common.View(224, (0.14, 1.0)), common.View(64, (0.05, 0.14))]),
 ])  # fmt: skip
 def test_the_command_line_reaches_the_method(crops, views, tmp_path, teacher_file, monkeypatch):
