@@ -14,6 +14,7 @@ Sections, in the order of an experiment:
 
 import argparse
 import contextlib
+import copy
 import difflib
 import fcntl
 import hashlib
@@ -217,6 +218,21 @@ def gather(x):
     return torch.cat(parts)
 
 
+def gather_with_gradient(x):
+    """As `gather`, where a loss over the global batch needs gradients.
+
+    Every process computes the same loss, and the gradient flows into its own rows alone, times the number of
+    processes, so that DistributedDataParallel's mean over the processes is the gradient of that loss.
+    """
+    if world_size() == 1:
+        return x
+    own = x.view_as(x)
+    own.register_hook(lambda gradient: gradient * world_size())
+    rows = list(gather(x.detach()).split(len(x)))
+    rows[rank()] = own
+    return torch.cat(rows)
+
+
 def shuffle(x):
     """Deal the global batch out over the processes like cards, for shuffled BatchNorm (MoCo, section 3.3).
 
@@ -299,20 +315,27 @@ def common_parser(script, docstring, *, epochs, batch_size, lr, weight_decay):
 # ----------------------------------------------------------------------------------------------------------------- Data
 
 SMALL_SETS = ("cifar10", "cifar100", "stl10", "fashion_mnist")
+# Mean and deviation of red, green and blue pixels, as released networks expect them.
+IMAGENET_STATISTICS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CIFAR_STATISTICS = (0.5071, 0.4866, 0.4409), (0.2675, 0.2565, 0.2761)
 # A batch to make: which images, how, with which random numbers, and the seeds that pick others for unreadable ones.
 # For evaluation the last two are None.
 Job = namedtuple("Job", "indices views uniforms seeds")
 
 
 class ArrayDataset:
-    """A small set as one uint8 tensor (N, 3, H, W) on the training device: a batch is cropped there in one go."""
+    """A small set as one uint8 tensor (N, 3, H, W) on the training device: a batch is cropped there in one go.
+
+    statistics: mean and deviation of the pixels, by which `normalize` goes.
+    """
 
     in_memory = True
 
-    def __init__(self, images, labels, num_classes, device):
+    def __init__(self, images, labels, num_classes, device, statistics=None):
         self.images = images.to(device)
         self.labels = torch.as_tensor(labels, dtype=torch.long, device=device)
         self.num_classes = num_classes
+        self.statistics = statistics or IMAGENET_STATISTICS
 
     def __len__(self):
         return len(self.images)
@@ -327,6 +350,8 @@ class ArrayDataset:
         for i, view in enumerate(job.views):
             if view.scale is None:
                 boxes, flips = whole, np.zeros(len(images), dtype=bool)
+            elif view.padding:
+                boxes, flips = whole, flip_coins(job.uniforms[i])
             else:
                 boxes, flips = crop_boxes(job.uniforms[i], height, width, view.scale), flip_coins(job.uniforms[i])
             out.append(crop_and_resize(images, boxes, flips, view.size))
@@ -337,6 +362,7 @@ class FolderDataset:
     """Image files in ImageNet's layout, ROOT/CLASS/*.jpg: decoded and cropped in workers, as uint8 all the way."""
 
     in_memory = False
+    statistics = IMAGENET_STATISTICS
     unreadable = {}  # noqa: RUF012  path: reason, of all folders that this process, or another that told it, has read
     tries = 10  # images that may be unreadable one after the other
 
@@ -424,7 +450,9 @@ def load_dataset(data, data_root, split, device, image_size=None):
         return ArrayDataset(images, labels, len(SHAPES) * len(TEXTURES), device), size
     if data in SMALL_SETS:
         images, labels, num_classes = load_small_set(data, data_root, split)
-        return ArrayDataset(images, labels, num_classes, device), image_size or (96 if data == "stl10" else 32)
+        statistics = CIFAR_STATISTICS if data.startswith("cifar") else None
+        dataset = ArrayDataset(images, labels, num_classes, device, statistics)
+        return dataset, image_size or (96 if data == "stl10" else 32)
     folder = Path(data) / ("train" if split == "pretrain" else split)
     if not folder.is_dir():
         raise UserError(f"no folder {folder}: pass --data FOLDER with train/ and val/ in it, or --data with one of "
@@ -440,6 +468,21 @@ def load_labelled(data, data_root, device, image_size=None):
     if differ:
         raise UserError(f"train/ and val/ of {data or 'data/imagenet'} hold different classes, for one {differ[0]}")
     return train, val, image_size
+
+
+def few_labels(dataset, fraction, seed):
+    """The part of a data set that holds `fraction` of each class's images, at least one, picked by the seed."""
+    labels = dataset.labels.cpu().numpy()
+    order = np.random.default_rng([seed, 2006]).permutation(len(labels))
+    order = order[np.argsort(labels[order], kind="stable")]
+    counts = np.bincount(labels)
+    place = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)  # within the class
+    kept = np.sort(order[place < np.maximum(1, np.rint(fraction * counts)).repeat(counts)])
+    part = copy.copy(dataset)
+    for name in ("images", "paths", "labels"):
+        if hasattr(dataset, name):
+            setattr(part, name, getattr(dataset, name)[kept])
+    return part
 
 
 def load_small_set(name, root, split):
@@ -534,7 +577,6 @@ def draw_shapes(count, size, seed):
 # Each function is torchvision's of the same name over a batch, with parameters of its own for every image. Which images
 # an operation touches is decided on the CPU, so nothing here waits for the device.
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels, what released teachers expect
 CROP_UNIFORMS = 23  # random numbers that a crop and a flip take: ten tries of area and aspect, position, coin
 
 
@@ -542,12 +584,17 @@ CROP_UNIFORMS = 23  # random numbers that a crop and a flip take: ten tries of a
 class View:
     """How a view is made: crop of `scale` of the image's area, flip and, with `color`, MoCo v2's colour operations.
 
-    scale None stands for the centre crop of evaluation.
+    scale None stands for the centre crop of evaluation. With `padding`, CIFAR's augmentation: the whole image and flip,
+    then a crop of the same size at random after so many black pixels were put around. With `rotations` 4 an image
+    gives four in a row, turned counter-clockwise by 0, 90, 180 and 270 degrees: after the flip, which they share, and
+    before the crop from the padded image, which is drawn for each.
     """
 
     size: int
     scale: tuple | None = (0.2, 1.0)
     color: bool = True
+    padding: int = 0
+    rotations: int = 1
 
 
 def crop_boxes(uniforms, height, width, scale):
@@ -599,6 +646,25 @@ def resize_weights(start, length, full, size):
     weights = (1 - (pixel + 0.5 - center).abs() / stretch.clamp(min=1)).clamp(min=0)
     weights = weights * ((pixel >= 0) & (pixel < length))
     return weights / weights.sum(dim=2, keepdim=True)
+
+
+def rotate(images, count):
+    """Turn square images (n, 3, S, S) counter-clockwise by `count` multiples of 90 degrees: (count * n, 3, S, S).
+
+    Rows count * i to count * (i + 1) are image i.
+    """
+    return torch.stack([images.rot90(k, dims=(2, 3)) for k in range(count)], dim=1).flatten(0, 1)
+
+
+def pad_and_crop(images, offsets, padding):
+    """Crop images (n, 3, H, W) at their own offsets (n, 2), 0 to 2 * padding, from images padded with black."""
+    offsets = torch.from_numpy(offsets).to(images.device, non_blocking=True)
+    rows, columns = (
+        offsets[:, axis, None] + torch.arange(images.shape[2 + axis], device=images.device) for axis in (0, 1)
+    )
+    n, channel = (torch.arange(count, device=images.device) for count in images.shape[:2])
+    padded = F.pad(images, [padding] * 4)
+    return padded[n[:, None, None, None], channel[:, None, None], rows[:, None, :, None], columns[:, None, None, :]]
 
 
 def draw_color(rng, n, size):
@@ -679,9 +745,9 @@ def gaussian_blur(images, sigma):
     return images.view(n, channels, height, width)
 
 
-def normalize(images):
-    """Float images (n, 3, H, W) in [0, 1] to zero mean and unit deviation of ImageNet's pixels."""
-    return TF.normalize(images, MEAN, STD)
+def normalize(images, statistics):
+    """Float images (n, 3, H, W) in [0, 1] to zero mean and unit deviation, by a data set's statistics."""
+    return TF.normalize(images, *statistics)
 
 
 # -------------------------------------------------------------------------------------------------------------- Loading
@@ -722,17 +788,22 @@ class Loader:
         """From the run's step number `step` to the end of its epoch, or to `stop` if that comes first.
 
         Yields (views, labels): a list of normalised float tensors (n, 3, size, size) on the device, n images a
-        process, and labels (n,).
+        process (n * rotations rows where a view has them), and labels (n,).
         """
         epoch = step // len(self)
         self.step, self.stop = step, min(stop, (epoch + 1) * len(self))
         for offset, (views, labels) in enumerate(fetch(self.loader, self.device)):
             rng = np.random.default_rng([self.seed, epoch, step + offset, 1])
-            for images, view in zip(views, self.views, strict=True):
+            for i, view in enumerate(self.views):
                 if view.color:
                     parameters = draw_color(rng, self.batch_size, view.size)
-                    augment_color(images, **{name: local_share(values) for name, values in parameters.items()})
-            yield [normalize(images) for images in views], labels
+                    augment_color(views[i], **{name: local_share(values) for name, values in parameters.items()})
+                if view.rotations > 1:
+                    views[i] = rotate(views[i], view.rotations)
+                if view.padding:
+                    offsets = rng.integers(0, 2 * view.padding + 1, (self.batch_size * view.rotations, 2))
+                    views[i] = pad_and_crop(views[i], local_share(offsets), view.padding)
+            yield [normalize(images, self.dataset.statistics) for images in views], labels
 
 
 def job_loader(dataset, jobs, workers, device):
@@ -913,12 +984,54 @@ class Encoder(nn.Module):
         return layers[-1].out_features if layers else self.backbone.feature_dim
 
 
+class Classifier(nn.Module):
+    """A labelled network: images (N, 3, H, W) -> logits (N, classes), always float32.
+
+    `amp` as in `Encoder`. Features (N, feature_dim) are what its last layer, `classifier`, sees.
+    """
+
+    def __init__(self, backbone, classifier):
+        super().__init__()
+        self.backbone, self.classifier, self.amp = backbone, classifier, None
+
+    def forward(self, images):
+        return self.features_and_logits(images)[1]
+
+    def features_and_logits(self, images):
+        """Both, float32."""
+        with torch.autocast(images.device.type, self.amp, enabled=self.amp is not None):
+            features = self.backbone(images)
+            return features.float(), self.classifier(features).float()
+
+    @torch.no_grad()
+    def features(self, images):
+        """Features alone, float32, without gradient."""
+        with torch.autocast(images.device.type, self.amp, enabled=self.amp is not None):
+            return self.backbone(images).float()
+
+    def plain(self):
+        """A copy with the classifier back in its place, so that its keys are torchvision's."""
+        network = copy.deepcopy(self.backbone)
+        network.set_submodule(network.classifier_name, self.classifier)
+        return network
+
+
+def build_classifier(arch, num_classes, image_size=224):
+    """A labelled network, randomly initialised; `arch` and errors as in `build_backbone`."""
+    backbone = build_backbone(arch, image_size)
+    if arch.startswith("squeezenet"):
+        raise UserError(f"{arch} ends in a convolution, not in a linear classifier: take another network")
+    return Classifier(backbone, nn.Linear(backbone.feature_dim, num_classes))
+
+
 # Where a file keeps backbone and head, and what it holds besides. A file has the first layout whose two prefixes both
 # begin some of its keys.
 LAYOUTS = (
     # written by                            backbone              head                       left out
     ("moco_v2.py",                          "encoder.backbone.",  "encoder.head.",           None),
     ("disco.py, seed.py",                   "student.backbone.",  "student.head.",           None),
+    ("sskd.py",                             "student.backbone.",  None,                      "student.classifier."),
+    ("SSKD's students, the released code",  "backbone.",          None,                      "proj_head."),
     ("MoCo v1 and v2, the released code",   "module.encoder_q.",  "module.encoder_q.fc.",    None),
     ("SwAV, DeepCluster-v2, SeLa-v2",       "module.",            "module.projection_head.", "module.prototypes."),
     ("torchvision, or a backbone.pth",      "",                   None,                      None),
@@ -956,22 +1069,51 @@ def load_teacher(path, arch=None):
     The architecture is read from the file; `arch` overrides it. A file without a head gives its features as embedding.
     Returns an Encoder. Raises UserError for a file that fits nothing or only in part.
     """
-    checkpoint = load_file(path)
-    told = checkpoint.get("arch") if isinstance(checkpoint, dict) else None
-    backbone_state, head_state = split_state(path, checkpoint)
-    # The stem of the file, not of the image size: 32 stands for the 3x3 one.
-    small_stem = "conv1.weight" in backbone_state and backbone_state["conv1.weight"].shape[-1] == 3
-    image_size = 32 if small_stem else 224
-    told = told if told in network_names() else None
-    arch = arch or told or recognize(path, backbone_state, image_size)
-    encoder = Encoder(build_backbone(arch, image_size), build_head(path, head_state))
-    load_exactly(encoder.backbone, without_classifier(backbone_state, encoder.backbone), f"{path} as {arch}")
+    backbone, head_state, _ = load_backbone(path, arch)
+    encoder = Encoder(backbone, build_head(path, head_state))
     load_exactly(encoder.head, head_state, f"projection head of {path}")
     return encoder.requires_grad_(False).eval()
 
 
+def load_classifier(path, arch=None, num_classes=None):
+    """Read a labelled network from a file of any layout that has a classifier, frozen and in eval mode.
+
+    Returns a Classifier. Raises UserError as `load_teacher` does, where the file has no classifier, and where that one
+    does not tell `num_classes` classes apart.
+    """
+    backbone, _, state = load_backbone(path, arch)
+    return labelled(path, backbone, state, num_classes)
+
+
+def labelled(what, backbone, state, num_classes=None):
+    """The Classifier of a backbone and the state dict of its last layer, frozen and in eval mode."""
+    if state.keys() != {"weight", "bias"} or state["weight"].ndim != 2:
+        raise UserError(f"{what} holds no linear classifier: a network trained with labels is needed")
+    classes, dim = state["weight"].shape
+    if num_classes not in (None, classes):
+        raise UserError(f"{what} tells {classes} classes apart, --data has {num_classes}")
+    network = Classifier(backbone, nn.Linear(dim, classes))
+    load_exactly(network.classifier, state, f"classifier of {what}")
+    return network.requires_grad_(False).eval()
+
+
+def load_backbone(path, arch):
+    """The backbone of a file, with its weights, and the state dicts of its projection head and of its classifier."""
+    checkpoint = load_file(path)
+    told = checkpoint.get("arch") if isinstance(checkpoint, dict) else None
+    state, head_state, left_out = split_state(path, checkpoint)
+    # The stem of the file, not of the image size: 32 stands for the 3x3 one.
+    small_stem = "conv1.weight" in state and state["conv1.weight"].shape[-1] == 3
+    image_size = 32 if small_stem else 224
+    told = told if told in network_names() else None
+    arch = arch or told or recognize(path, state, image_size)
+    backbone = build_backbone(arch, image_size)
+    load_exactly(backbone, without_classifier(state, backbone), f"{path} as {arch}")
+    return backbone, head_state, own_classifier(state, backbone) or left_out
+
+
 def split_state(path, checkpoint):
-    """State dicts of backbone and head of a file's content, by the first layout that fits."""
+    """State dicts of backbone, head and what is left out of a file's content, by the first layout that fits."""
     state = checkpoint
     for wrapper in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
@@ -987,12 +1129,19 @@ def split_state(path, checkpoint):
         backbone, head = part(backbone_prefix), part(head_prefix) if head_prefix else {}
         if backbone and (head or head_prefix is None):
             others = tuple(prefix for prefix in (head_prefix, left_out) if prefix)
-            return {k: v for k, v in backbone.items() if not (backbone_prefix + k).startswith(others)}, head
+            backbone = {k: v for k, v in backbone.items() if not (backbone_prefix + k).startswith(others)}
+            return backbone, head, part(left_out) if left_out else {}
 
 
 def without_classifier(state, backbone):
     """A labelled network's state dict less the classifier that a backbone does not have."""
     return {key: value for key, value in state.items() if key.rpartition(".")[0] != backbone.classifier_name}
+
+
+def own_classifier(state, backbone):
+    """That classifier's part of the state dict; empty where there is none."""
+    prefix = backbone.classifier_name + "."
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
 def build_head(path, state):
@@ -1029,16 +1178,21 @@ def recognize(path, state, image_size):
     raise UserError(f"{path} fits no network known here (it begins with {some}); files of these are read: {known}")
 
 
-def load_torchvision(arch):
-    """An Encoder with torchvision's labelled weights (fetched where missing) and no head, frozen and in eval mode."""
-    backbone = build_backbone(arch)
+def load_torchvision(arch, classifier=False, num_classes=None):
+    """torchvision's labelled weights (fetched where missing), frozen and in eval mode.
+
+    Returns an Encoder without head or, with `classifier`, a Classifier of `num_classes`.
+    """
+    backbone, what = build_backbone(arch), f"torchvision's weights of {arch}"
     try:
         state = torchvision.models.get_model_weights(arch).DEFAULT.get_state_dict(progress=rank() == 0)
     except (ValueError, AttributeError):
         raise UserError(f"torchvision has no weights for {arch}") from None
     except OSError as error:
-        raise UserError(f"torchvision's weights of {arch} could not be fetched ({error}): pass a file") from None
-    load_exactly(backbone, without_classifier(state, backbone), f"torchvision's weights as {arch}")
+        raise UserError(f"{what} could not be fetched ({error}): pass a file") from None
+    load_exactly(backbone, without_classifier(state, backbone), what)
+    if classifier:
+        return labelled(what, backbone, own_classifier(state, backbone), num_classes)
     return Encoder(backbone, nn.Identity()).requires_grad_(False).eval()
 
 
@@ -1077,7 +1231,7 @@ def extract_features(encoder, dataset, image_size, batch_size, workers, device):
     encoder.eval()
     features, labels = [], []
     for (images,), targets in fetch(job_loader(dataset, jobs, workers, device), device):
-        features.append(encoder.features(normalize(images)))
+        features.append(encoder.features(normalize(images, dataset.statistics)))
         labels.append(targets)
     encoder.train(training)
     features, labels = (gather(torch.cat(parts))[: len(dataset)] for parts in (features, labels))
@@ -1183,6 +1337,7 @@ class Run:
     def __init__(self, script, args, *datasets, files=()):
         self.script, self.folder, self.args = script, Path(args.out), args
         self.path, self.path_before = self.folder / "checkpoint.pth", self.folder / "checkpoint.before.pth"
+        self.statistics = datasets[0].statistics
         self.bar, self.writer = None, None
         self.losses, self.named = [], set()  # since the last line of the log; unreadable images named there
         FolderDataset.unreadable.clear()
@@ -1464,7 +1619,7 @@ class Run:
     def draw_views(self, *views):
         """Write views.png: up to eight images, a row for each of their views. views: normalised (N, 3, size, size)."""
         if rank() == 0:
-            mean, std = (views[0].new_tensor(v).view(3, 1, 1) for v in (MEAN, STD))
+            mean, std = (views[0].new_tensor(v).view(3, 1, 1) for v in self.statistics)
             size = max(128, *(view.shape[-1] for view in views))
             images = [F.interpolate(view[:8] * std + mean, (size, size), mode="nearest") for view in views]
             images = torch.cat(images).clamp(0, 1)

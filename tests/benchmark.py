@@ -67,7 +67,7 @@ def pil_path(size):
         transforms.RandomApply([PilBlur()], p=0.5),
         transforms.RandomHorizontalFlip(),
         transforms.ToTensor(),
-        transforms.Normalize(common.MEAN, common.STD),
+        transforms.Normalize(*common.IMAGENET_STATISTICS),
     ])  # fmt: skip
 
 

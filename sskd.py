@@ -1,0 +1,333 @@
+"""SSKD: Knowledge Distillation Meets Self-Supervision (Xu et al., ECCV 2020, arXiv:2006.07114).
+
+A labelled teacher tells a student more than its classes: how much an image looks like another one's rotations. Both get
+a head for the contrastive task "which upright image is this rotated one?"; the student learns the teacher's answers,
+mistakes included, beside its predictions on upright and on rotated images.
+
+    loss = 0.1 CE + 0.9 KD + 2.7 TF + 10 SS        each of KD, TF, SS is T^2 KL(softmax(teacher/T), softmax(student/T))
+
+    CE on labels; KD on logits of upright images; TF on logits of rotated ones; SS on the cosine similarities of each
+    rotated image to all upright ones. TF and SS keep all rows that the teacher gets right and, of the others, those
+    with the smallest error level, the rank of the true answer among the teacher's (selective transfer, section 3.3).
+
+Three stages: a labelled teacher (trained here, or any labelled file); its self-supervision head, the teacher frozen;
+the student. An image gives four in a row, turned by 0, 90, 180 and 270 degrees counter-clockwise; as in the released
+code the flip is the same for all four and the crop from the padded image is drawn for each, after the turn.
+The defaults are the released code's for CIFAR-100; for a folder of images they become those of torchdistill's run on
+ImageNet: 100 epochs of 256 images at a learning rate of 0.1, a head trained for 30.
+
+    python sskd.py --data cifar100 --train-teacher wrn_40_2
+    python sskd.py --data cifar100 --teacher runs/sskd_teacher/checkpoint.pth --student wrn_16_2
+    torchrun --nproc_per_node=8 sskd.py --teacher torchvision --teacher-arch resnet34 --student resnet18
+"""
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import common
+
+# --------------------------------------------------------------------------------------------------------------- Losses
+#
+# Rows 4i to 4i + 3 of a tensor over a batch of B images are image i, turned by 0, 90, 180 and 270 degrees.
+
+
+def upright(rows):
+    """The images as they are: (4B, ...) -> (B, ...)."""
+    return rows[0::4]
+
+
+def rotated(rows):
+    """The turned images: (4B, ...) -> (3B, ...)."""
+    return rows.unflatten(0, (-1, 4))[:, 1:].flatten(0, 1)
+
+
+def similarities(embedding):
+    """Cosine similarities of each turned image to all upright ones: (4B, D) -> (3B, B)."""
+    embedding = F.normalize(embedding, dim=1)
+    return rotated(embedding) @ upright(embedding).T
+
+
+def own_image(similarity):
+    """The column that is right in each row of `similarities`: (3B, B) -> (3B,)."""
+    return torch.arange(similarity.shape[1], device=similarity.device).repeat_interleave(3)
+
+
+def ss_head_loss(embedding):
+    """Loss of the self-supervision head: which upright image is a turned one of? (equation 3). embedding: (4B, D)."""
+    similarity = similarities(embedding)
+    return F.cross_entropy(similarity, own_image(similarity))
+
+
+def kept_rows(scores, target, ratio):
+    """Selective transfer: which rows of the teacher's scores to learn from, (N, C) -> (N,) of 0 and 1.
+
+    A row's error level is the rank of its target, (N,), among its scores; equal scores rank in the order of columns.
+    Kept are all rows of level 0 and, of the others, the part `ratio` of the lowest level, earlier rows first.
+    """
+    own = scores.gather(1, target[:, None])
+    columns = torch.arange(scores.shape[1], device=scores.device)
+    level = ((scores > own) | (scores == own) & (columns < target[:, None])).sum(dim=1)
+    wrong = (level > 0).sum()
+    place = level.argsort(stable=True).argsort()  # of each row, counted from the lowest level
+    return (place < len(scores) - wrong + (wrong.double() * ratio).floor()).float()
+
+
+def kd_loss(student, teacher, temperature, kept=None):
+    """T^2 KL(teacher, student) of softened scores (N, C), averaged over the rows, or over the `kept` ones."""
+    teacher, student = (teacher / temperature).log_softmax(dim=1), (student / temperature).log_softmax(dim=1)
+    rows = temperature**2 * F.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=1)
+    return rows.mean() if kept is None else (rows * kept).sum() / kept.sum().clamp(min=1)
+
+
+def sskd_losses(student_logits, student_ss, teacher_logits, teacher_ss, labels, *, kd_temperature=4.0,
+                tf_temperature=4.0, ss_temperature=0.5, tf_ratio=1.0, ss_ratio=0.75):  # fmt: skip
+    """The four terms (equations 2, 5, 6 and 7), unweighted: {"ce", "kd", "tf", "ss"}.
+
+    logits: (4B, classes); ss: embeddings of the self-supervision heads, (4B, D), a D each; labels: (B,).
+    """
+    student_similarity, teacher_similarity = similarities(student_ss), similarities(teacher_ss)
+    tf_kept = kept_rows(rotated(teacher_logits), labels.repeat_interleave(3), tf_ratio)
+    ss_kept = kept_rows(teacher_similarity, own_image(teacher_similarity), ss_ratio)
+    return {
+        "ce": F.cross_entropy(upright(student_logits), labels),
+        "kd": kd_loss(upright(student_logits), upright(teacher_logits), kd_temperature),
+        "tf": kd_loss(rotated(student_logits), rotated(teacher_logits), tf_temperature, tf_kept),
+        "ss": kd_loss(student_similarity, teacher_similarity, ss_temperature, ss_kept),
+    }
+
+
+# --------------------------------------------------------------------------------------------------------------- Method
+
+
+class SSKD(nn.Module):
+    """Student, frozen teacher and the self-supervision heads of both.
+
+    student, teacher: common.Classifier. weights: {"ce", "kd", "tf", "ss"}; where tf and ss weigh nothing, images come
+    upright alone and there are no heads, and where kd weighs nothing either, no teacher is needed: knowledge
+    distillation and plain training. options: keywords of `sskd_losses`.
+    """
+
+    def __init__(self, student, teacher, weights, **options):
+        super().__init__()
+        self.weights, self.options = {name: weight for name, weight in weights.items() if weight}, options
+        self.rotations = 4 if self.weights.keys() & {"tf", "ss"} else 1
+        self.student = student
+        self.teacher = teacher.requires_grad_(False) if self.weights.keys() - {"ce"} else None
+        if self.rotations > 1:
+            for name, network in (("student_head", student), ("teacher_head", teacher)):
+                dim = network.backbone.feature_dim
+                self.add_module(name, common.mlp_head(dim, dim, dim))
+        self.train()
+
+    def train(self, mode=True):
+        """Set the student's mode; the teacher stays in eval mode."""
+        super().train(mode)
+        if self.teacher:
+            self.teacher.eval()
+        return self
+
+    def forward(self, images, labels):
+        """Losses over the batch of all processes. images: (rotations * N, 3, H, W) of this one; labels: (N,)."""
+        gather = common.gather_with_gradient  # similarities and error levels are among all images
+        labels = common.gather(labels)
+        student_features, student_logits = self.student.features_and_logits(images)
+        student_logits = gather(student_logits)
+        if self.teacher:
+            with torch.no_grad():
+                teacher_features, teacher_logits = self.teacher.features_and_logits(images)
+                teacher_logits = common.gather(teacher_logits)
+        if self.rotations > 1:
+            with torch.no_grad():
+                teacher_ss = common.gather(self.teacher_head(teacher_features))
+            student_ss = gather(self.student_head(student_features))
+            losses = sskd_losses(student_logits, student_ss, teacher_logits, teacher_ss, labels, **self.options)
+        else:
+            losses = {"ce": F.cross_entropy(student_logits, labels)}
+            if self.teacher:
+                losses["kd"] = kd_loss(student_logits, teacher_logits, self.options["kd_temperature"])
+        return {"loss": sum(weight * losses[name] for name, weight in self.weights.items()), **losses}
+
+
+def step_lr(lr, epoch, epochs, milestones):
+    """Learning rate of an epoch: cut by 10 at each milestone, a part of all epochs."""
+    return lr * 0.1 ** sum(epoch >= milestone * epochs for milestone in milestones)
+
+
+def noisy_labels(labels, num_classes, noise, seed):
+    """Symmetric noise: the part `noise` of the labels, picked by the seed, become another class, each as likely."""
+    rng = np.random.default_rng([seed, 7114])
+    rows = torch.from_numpy(rng.permutation(len(labels))[: round(noise * len(labels))]).to(labels.device)
+    shift = torch.from_numpy(rng.integers(1, num_classes, len(rows))).to(labels.device)
+    return labels.index_put((rows,), (labels[rows] + shift) % num_classes)
+
+
+# ------------------------------------------------------------------------------------------------------------- Training
+
+
+def main():
+    args = parse_args()
+    device = common.init_device(args.seed)
+    train, val, size = common.load_labelled(args.data, args.data_root, device, args.image_size)
+    if args.label_fraction < 1:
+        train = common.few_labels(train, args.label_fraction, args.seed)
+    if args.label_noise:
+        train.labels = noisy_labels(train.labels, train.num_classes, args.label_noise, args.seed)
+
+    student = common.build_classifier(args.student, train.num_classes, size)
+    weights = {"ce": args.ce_weight, "kd": args.kd_weight, "tf": args.tf_weight, "ss": args.ss_weight}
+    model = SSKD(student, load_teacher(args, train.num_classes), weights, kd_temperature=args.kd_temperature,
+                 tf_temperature=args.tf_temperature, ss_temperature=args.ss_temperature, tf_ratio=args.tf_ratio,
+                 ss_ratio=args.ss_ratio)  # fmt: skip
+    for network in filter(None, (model.student, model.teacher)):
+        network.amp = common.AMP[args.amp]
+    model.to(device, memory_format=torch.channels_last)
+    crop = {"padding": round(size / 8)} if train.in_memory else {"scale": (0.08, 1.0)}
+    view = common.View(size, color=False, rotations=model.rotations, **crop)
+    loader = common.Loader(train, [view], args.batch_size, args.seed, args.workers, device)
+
+    head_epochs = args.head_epochs if model.weights.get("ss") else 0
+    groups = [{"params": [p for name, p in model.named_parameters() if not name.startswith("teacher")]}]
+    if head_epochs:
+        groups += [{"params": model.teacher_head.parameters()}]
+    optimizer = torch.optim.SGD(groups, args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+
+    files = [args.teacher] if args.teacher not in (None, "torchvision") else []
+    run = common.Run("sskd", args, train, val, files=files)
+    step = run.resume(model, optimizer, scaler, arch=args.student, image_size=size)
+    if args.compile:
+        for network in model.children():
+            network.compile()
+    if model.teacher and step == 0:
+        run.log({"step": 0, "epoch": 0, "teacher_top1": accuracy(model.teacher, val, size, args, device)})
+
+    head_steps = head_epochs * len(loader)
+    steps = head_steps + args.epochs * len(loader)
+    stop = min(steps, args.max_steps or steps)
+    run.start_bar(step, stop, args.batch_size)
+
+    # The head of the frozen teacher learns the contrastive task
+    parallel = common.distribute(model.teacher_head) if step < head_steps else None
+    while step < min(head_steps, stop):
+        epoch = step // len(loader)
+        lr = optimizer.param_groups[1]["lr"] = step_lr(args.head_lr, epoch, head_epochs, args.head_milestones)
+        for (images,), _ in loader.batches(step, stop):
+            if step == 0:
+                draw_views(run, images, model.rotations)
+            embedding = parallel(model.teacher.features(images))
+            losses = {"loss": ss_head_loss(common.gather_with_gradient(embedding))}
+            optimizer.zero_grad()
+            scaler.scale(losses["loss"]).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            step += 1
+            run.track(step, epoch, losses, lr, epoch_ends=step % len(loader) == 0 or step == stop)
+        run.save(step)
+
+    # The student learns from labels, teacher and head
+    optimizer.zero_grad()
+    if head_epochs:
+        model.teacher_head.requires_grad_(False)
+    parallel = common.distribute(model)
+    while True:
+        epoch = step // len(loader)
+        if step % len(loader) == 0 or step >= stop:
+            top1 = accuracy(student, val, size, args, device)
+            run.log({"step": step, "epoch": epoch, "top1": top1})
+        if step >= stop:
+            break
+        lr = optimizer.param_groups[0]["lr"] = step_lr(args.lr, epoch - head_epochs, args.epochs, args.milestones)
+        for (images,), labels in loader.batches(step, stop):
+            if step == 0:
+                draw_views(run, images, model.rotations)
+            losses = parallel(images, labels)
+            optimizer.zero_grad()
+            scaler.scale(losses["loss"]).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            step += 1
+            run.track(step, epoch, losses, lr, epoch_ends=step % len(loader) == 0 or step == stop)
+        run.save(step)
+    run.finish(student.plain())
+    if common.rank() == 0:
+        print(f"{args.student}: {top1:.2f} % of the validation images are told right")
+
+
+def load_teacher(args, num_classes):
+    """The labelled network of --teacher; None where a teacher is about to be trained."""
+    if args.train_teacher:
+        return None
+    if args.teacher != "torchvision":
+        return common.load_classifier(args.teacher, args.teacher_arch, num_classes)
+    if not args.teacher_arch:
+        raise common.UserError("--teacher torchvision needs a network: pass --teacher-arch NAME")
+    return common.load_torchvision(args.teacher_arch, classifier=True, num_classes=num_classes)
+
+
+@torch.no_grad()
+def accuracy(network, dataset, size, args, device):
+    """Top-1 accuracy of a Classifier in percent; every image counts once, on any number of processes."""
+    features, labels = common.extract_features(network, dataset, size, args.batch_size, args.workers, device)
+    return 100 * (network.classifier(features).argmax(dim=1) == labels).float().mean().item()
+
+
+def draw_views(run, images, rotations):
+    """views.png: eight images, a row for each rotation. images: (rotations * N, 3, size, size)."""
+    run.draw_views(*images.unflatten(0, (-1, rotations)).unbind(dim=1))
+
+
+# Defaults for the small sets, the released code's, and for folders, those of torchdistill's run on ImageNet. Milestones
+# are parts of all epochs.
+CIFAR = {"epochs": 240, "batch_size": 64, "lr": 0.05, "milestones": (150 / 240, 180 / 240, 210 / 240),
+         "head_epochs": 60, "head_lr": 0.05, "head_milestones": (30 / 60, 45 / 60)}  # fmt: skip
+IMAGENET = {"epochs": 100, "batch_size": 256, "lr": 0.1, "milestones": (0.3, 0.6, 0.9),
+            "head_epochs": 30, "head_lr": 0.1, "head_milestones": (1 / 3, 2 / 3)}  # fmt: skip
+SLOW = ("MobileNetV2", "ShuffleV1", "ShuffleV2")  # CIFAR's networks that need a learning rate of 0.01
+
+
+def parse_args():
+    parser = common.common_parser("sskd", __doc__, epochs=CIFAR["epochs"], batch_size=CIFAR["batch_size"],
+                                  lr=CIFAR["lr"], weight_decay=5e-4)  # fmt: skip
+    add = parser.add_argument
+    add("--train-teacher", metavar="NAME", help="train this network on labels alone, to be a teacher")
+    add("--teacher", help="file of a labelled network, a checkpoint of --train-teacher or a released one, or "
+        "torchvision, its labelled weights of --teacher-arch")  # fmt: skip
+    add("--teacher-arch", help="the teacher's network (default: read from its file)")
+    add("--student", help="network, any of torchvision's or of CIFAR's")
+    add("--ce-weight", type=common.number(float, 0), default=0.1, help="of the labels (default %(default)s)")
+    add("--kd-weight", type=common.number(float, 0), default=0.9, help="of distillation (default %(default)s)")
+    add("--tf-weight", type=common.number(float, 0), default=2.7, help="of the same on rotated images (default "
+        "%(default)s)")  # fmt: skip
+    add("--ss-weight", type=common.number(float, 0), default=10.0, help="of self-supervision (default %(default)s)")
+    add("--kd-temperature", type=common.positive_float, default=4.0, help="default %(default)s")
+    add("--tf-temperature", type=common.positive_float, default=4.0, help="default %(default)s")
+    add("--ss-temperature", type=common.positive_float, default=0.5, help="default %(default)s")
+    add("--tf-ratio", type=common.fraction, default=1.0, help="part of the teacher's wrong predictions on rotated "
+        "images that is kept (default %(default)s)")  # fmt: skip
+    add("--ss-ratio", type=common.fraction, default=0.75, help="the same of its contrastive ones (default "
+        "%(default)s)")  # fmt: skip
+    add("--head-epochs", type=common.positive_int, default=CIFAR["head_epochs"], help="for the self-supervision head "
+        "of the teacher, before the student's (default %(default)s)")  # fmt: skip
+    add("--head-lr", type=common.positive_float, default=CIFAR["head_lr"], help="default %(default)s")
+    add("--label-fraction", type=common.number(float, 0, 1, open_below=True), default=1.0, help="train on this part "
+        "of each class's images, picked by --seed (default all)")  # fmt: skip
+    add("--label-noise", type=common.fraction, default=0.0, help="turn this part of the training labels, picked by "
+        "--seed, into others (default none)")  # fmt: skip
+    args = parser.parse_args()
+    if bool(args.train_teacher) == bool(args.teacher and args.student) or (args.train_teacher and args.teacher):
+        raise common.UserError("pass either --train-teacher NAME, or --teacher FILE and --student NAME")
+    folder = (args.data or "").partition(":")[0] not in (*common.SMALL_SETS, "shapes")
+    network = args.train_teacher or args.student
+    parser.set_defaults(**(IMAGENET if folder else CIFAR))
+    if network in SLOW and not folder:
+        parser.set_defaults(lr=0.01)
+    if args.train_teacher:
+        parser.set_defaults(student=network, ce_weight=1.0, kd_weight=0.0, tf_weight=0.0, ss_weight=0.0,
+                            out="runs/sskd_teacher")  # fmt: skip
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    common.run_script(main)
