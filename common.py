@@ -36,6 +36,7 @@ import zipfile
 from collections import namedtuple
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -859,60 +860,298 @@ def fetch(loader, device):
 # ------------------------------------------------------------------------------------------------------------- Networks
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-CIFAR_DEPTHS = (8, 14, 20, 32, 44, 56, 110)
 
 
-class CifarResNet(nn.Module):
-    """ResNet for 32-pixel images (He et al., 2016, section 4.2): 6n + 2 layers of 16, 32 and 64 channels."""
+def conv_bn(in_channels, channels, kernel, stride=1, groups=1, bias=False):
+    """A convolution that keeps the image's size where its stride is 1, and its BatchNorm."""
+    layer = nn.Conv2d(in_channels, channels, kernel, stride, kernel // 2, groups=groups, bias=bias)
+    return layer, nn.BatchNorm2d(channels)
 
-    def __init__(self, depth, num_classes=10):
+
+def start_as_he(network, classifier_std=None):
+    """Initialise convolutions as He et al. (2015) by the number of outputs; on request the classifier, too."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        if isinstance(module, nn.Linear) and classifier_std:
+            nn.init.normal_(module.weight, std=classifier_std)
+            nn.init.zeros_(module.bias)
+    return network
+
+
+class CifarNetwork(nn.Module):
+    """A stem, stages of blocks, perhaps a last convolution; then the mean over the image and a classifier.
+
+    The networks for 32-pixel images that CRD (Tian et al., 2020) brought together, which later work on distillation
+    compares with, SSKD too, are of this form or of those below. Modules bear the names of their released files.
+    """
+
+    def __init__(self, stem, *stages, last=None, dim, classifier="linear", num_classes=10):
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        blocks = (depth - 2) // 6
-        self.layer1 = self.stage(16, 16, blocks, stride=1)
-        self.layer2 = self.stage(16, 32, blocks, stride=2)
-        self.layer3 = self.stage(32, 64, blocks, stride=2)
-        self.fc = nn.Linear(64, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            if isinstance(module, torchvision.models.resnet.BasicBlock):
-                nn.init.zeros_(module.bn2.weight)  # a block starts as the identity (Goyal et al., 2017)
-
-    @staticmethod
-    def stage(in_channels, channels, blocks, stride):
-        block, shortcut = torchvision.models.resnet.BasicBlock, None
-        if stride > 1:
-            shortcut = nn.Sequential(nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels))
-        first = block(in_channels, channels, stride, shortcut)
-        return nn.Sequential(first, *(block(channels, channels) for _ in range(blocks - 1)))
+        self.conv1, self.bn1 = stem
+        self.stages = [f"layer{number + 1}" for number in range(len(stages))]
+        for name, blocks in zip(self.stages, stages, strict=True):
+            self.add_module(name, nn.Sequential(*blocks))
+        self.conv2, self.bn2 = last or (None, None)
+        self.add_module(classifier, nn.Linear(dim, num_classes))
+        self.classifier = classifier
 
     def forward(self, x):
         x = F.relu(self.bn1(self.conv1(x)))
-        x = self.layer3(self.layer2(self.layer1(x)))
-        return self.fc(x.mean(dim=(2, 3)))
+        for name in self.stages:
+            x = self.get_submodule(name)(x)
+        if self.conv2:
+            x = F.relu(self.bn2(self.conv2(x)))
+        return self.get_submodule(self.classifier)(x.mean(dim=(2, 3)))
+
+
+def repeat(block, in_channels, channels, count):
+    """Blocks of a stage: the first halves the image and changes its channels."""
+    return block(in_channels, channels, 2), *(block(channels, channels, 1) for _ in range(count - 1))
+
+
+def cifar_resnet(depth, channels=(16, 16, 32, 64)):
+    """ResNet for 32-pixel images (He et al., 2016, section 4.2): 6n + 2 layers, a stem and three stages of channels."""
+
+    def stage(in_channels, channels, stride):
+        block, shortcut = torchvision.models.resnet.BasicBlock, None
+        if stride > 1 or in_channels != channels:
+            shortcut = nn.Sequential(*conv_bn(in_channels, channels, 1, stride))
+        first = block(in_channels, channels, stride, shortcut)
+        return first, *(block(channels, channels) for _ in range((depth - 2) // 6 - 1))
+
+    a, b, c, d = channels
+    stages = stage(a, b, 1), stage(b, c, 2), stage(c, d, 2)
+    network = start_as_he(CifarNetwork(conv_bn(3, a, 3), *stages, dim=d, classifier="fc"))
+    for module in network.modules():
+        if isinstance(module, torchvision.models.resnet.BasicBlock):
+            nn.init.zeros_(module.bn2.weight)  # a block starts as the identity (Goyal et al., 2017)
+    return network
+
+
+class Bottleneck(nn.Module):
+    """torchvision's block of ResNet-50, under the names of CRD's files."""
+
+    def __init__(self, in_channels, hidden, stride):
+        super().__init__()
+        self.conv1, self.bn1 = conv_bn(in_channels, hidden, 1)
+        self.conv2, self.bn2 = conv_bn(hidden, hidden, 3, stride)
+        self.conv3, self.bn3 = conv_bn(hidden, 4 * hidden, 1)
+        changes = in_channels != 4 * hidden
+        self.shortcut = nn.Sequential(*(conv_bn(in_channels, 4 * hidden, 1, stride) if changes else ()))
+
+    def forward(self, x):
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = F.relu(self.bn2(self.conv2(out)))
+        return F.relu(self.bn3(self.conv3(out)) + self.shortcut(x))
+
+
+def cifar_resnet50():
+    """ResNet-50 with a stem of 3x3 and no pooling."""
+
+    def stage(in_channels, hidden, blocks, stride):
+        return Bottleneck(in_channels, hidden, stride), *(Bottleneck(4 * hidden, hidden, 1) for _ in range(blocks - 1))
+
+    stages = stage(64, 64, 3, 1), stage(256, 128, 4, 2), stage(512, 256, 6, 2), stage(1024, 512, 3, 2)
+    return start_as_he(CifarNetwork(conv_bn(3, 64, 3), *stages, dim=2048))
+
+
+class ShuffleV1Block(nn.Module):
+    """Block of ShuffleNet (Zhang et al., 2018). With stride 2 the pooled input is put beside, not added."""
+
+    def __init__(self, in_channels, channels, stride):
+        super().__init__()
+        self.stride, self.groups = stride, 1 if in_channels == 24 else 3
+        channels -= in_channels if stride == 2 else 0
+        hidden = channels // 4
+        self.conv1, self.bn1 = conv_bn(in_channels, hidden, 1, groups=self.groups)
+        self.conv2, self.bn2 = conv_bn(hidden, hidden, 3, stride, groups=hidden)
+        self.conv3, self.bn3 = conv_bn(hidden, channels, 1, groups=3)
+
+    def forward(self, x):
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = F.relu(self.bn2(self.conv2(F.channel_shuffle(out, self.groups))))
+        out = self.bn3(self.conv3(out))
+        return F.relu(out + x if self.stride == 1 else torch.cat([out, F.avg_pool2d(x, 3, 2, padding=1)], dim=1))
+
+
+class ShuffleV2Block(nn.Module):
+    """Block of ShuffleNet V2 (Ma et al., 2018): half of the channels pass by, with stride 2 through two layers."""
+
+    def __init__(self, in_channels, channels, stride):
+        super().__init__()
+        half, self.stride = channels // 2, stride
+        if stride == 2:
+            self.conv1, self.bn1 = conv_bn(in_channels, in_channels, 3, 2, groups=in_channels)
+            self.conv2, self.bn2 = conv_bn(in_channels, half, 1)
+            self.conv3, self.bn3 = conv_bn(in_channels, half, 1)
+            self.conv4, self.bn4 = conv_bn(half, half, 3, 2, groups=half)
+            self.conv5, self.bn5 = conv_bn(half, half, 1)
+        else:
+            self.conv1, self.bn1 = conv_bn(half, half, 1)
+            self.conv2, self.bn2 = conv_bn(half, half, 3, groups=half)
+            self.conv3, self.bn3 = conv_bn(half, half, 1)
+
+    def forward(self, x):
+        if self.stride == 2:
+            left = F.relu(self.bn2(self.conv2(self.bn1(self.conv1(x)))))
+            right = F.relu(self.bn3(self.conv3(x)))
+            right = F.relu(self.bn5(self.conv5(self.bn4(self.conv4(right)))))
+        else:
+            left, right = x.chunk(2, dim=1)
+            right = F.relu(self.bn1(self.conv1(right)))
+            right = F.relu(self.bn3(self.conv3(self.bn2(self.conv2(right)))))
+        return F.channel_shuffle(torch.cat([left, right], dim=1), 2)
+
+
+def shuffle_v1():
+    """ShuffleNet of 3 groups with a stem of 1x1."""
+    stages = [repeat(ShuffleV1Block, *stage) for stage in ((24, 240, 4), (240, 480, 8), (480, 960, 4))]
+    return CifarNetwork(conv_bn(3, 24, 1), *stages, dim=960)
+
+
+def shuffle_v2():
+    """ShuffleNet V2 with a stem of 1x1."""
+    stages = [repeat(ShuffleV2Block, *stage) for stage in ((24, 116, 4), (116, 232, 8), (232, 464, 4))]
+    return CifarNetwork(conv_bn(3, 24, 1), *stages, last=conv_bn(464, 1024, 1), dim=1024)
+
+
+class WideBlock(nn.Module):
+    """Block of Wide ResNet: BatchNorm and ReLU before the convolutions."""
+
+    def __init__(self, in_channels, channels, stride):
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1, self.bn2 = conv_bn(in_channels, channels, 3, stride)
+        self.conv2 = conv_bn(channels, channels, 3)[0]
+        self.convShortcut = conv_bn(in_channels, channels, 1, stride)[0] if in_channels != channels else None
+
+    def forward(self, x):
+        out = F.relu(self.bn1(x))
+        shortcut = self.convShortcut(out) if self.convShortcut else x
+        return shortcut + self.conv2(F.relu(self.bn2(self.conv1(out))))
+
+
+class WideResNet(nn.Module):
+    """Wide ResNet (Zagoruyko and Komodakis, 2016): 6n + 4 layers, `width` times the channels."""
+
+    def __init__(self, depth, width):
+        super().__init__()
+        self.conv1 = conv_bn(3, 16, 3)[0]
+        in_channels, blocks = 16, (depth - 4) // 6
+        for number, channels in enumerate((16 * width, 32 * width, 64 * width), start=1):
+            first = WideBlock(in_channels, channels, stride=1 if number == 1 else 2)
+            stage = nn.Sequential(first, *(WideBlock(channels, channels, 1) for _ in range(blocks - 1)))
+            self.add_module(f"block{number}", nn.ModuleDict({"layer": stage}))
+            in_channels = channels
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.fc = nn.Linear(in_channels, 10)
+        start_as_he(self)
+        nn.init.zeros_(self.fc.bias)
+
+    def forward(self, x):
+        x = self.conv1(x)
+        for block in (self.block1, self.block2, self.block3):
+            x = block["layer"](x)
+        return self.fc(F.relu(self.bn1(x)).mean(dim=(2, 3)))
+
+
+class CifarVGG(nn.Module):
+    """VGG (Simonyan and Zisserman, 2015) with BatchNorm and one linear layer; convolutions: how many in each block."""
+
+    def __init__(self, *convolutions):
+        super().__init__()
+        in_channels = 3
+        for number, (count, channels) in enumerate(zip(convolutions, (64, 128, 256, 512, 512), strict=True)):
+            layers = []
+            for _ in range(count):
+                layers += [*conv_bn(in_channels, channels, 3, bias=True), nn.ReLU()]
+                in_channels = channels
+            self.add_module(f"block{number}", nn.Sequential(*layers))
+        self.classifier = nn.Linear(512, 10)
+        start_as_he(self, classifier_std=0.01)
+
+    def forward(self, x):
+        for block in (self.block0, self.block1, self.block2):
+            x = F.max_pool2d(block(x), 2)
+        return self.classifier(self.block4(self.block3(x)).mean(dim=(2, 3)))
+
+
+class InvertedResidual(nn.Module):
+    """Block of MobileNetV2: 1x1 to more channels, 3x3 in each of them, 1x1 to fewer."""
+
+    def __init__(self, in_channels, channels, stride, expansion):
+        super().__init__()
+        hidden, self.adds = in_channels * expansion, stride == 1 and in_channels == channels
+        widen, filters = conv_bn(in_channels, hidden, 1), conv_bn(hidden, hidden, 3, stride, groups=hidden)
+        self.conv = nn.Sequential(*widen, nn.ReLU(), *filters, nn.ReLU(), *conv_bn(hidden, channels, 1))
+
+    def forward(self, x):
+        return x + self.conv(x) if self.adds else self.conv(x)
+
+
+class CifarMobileNetV2(nn.Module):
+    """MobileNetV2 (Sandler et al., 2018) of half the width, its third stage at full size."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Sequential(*conv_bn(3, 16, 3, 2), nn.ReLU())
+        self.blocks, in_channels = nn.ModuleList(), 16
+        settings = (1, 8, 1, 1), (6, 12, 2, 1), (6, 16, 3, 2), (6, 32, 4, 2), (6, 48, 3, 1), (6, 80, 3, 2), (6, 160, 1, 1)
+        for expansion, channels, count, stride in settings:
+            first = InvertedResidual(in_channels, channels, stride, expansion)
+            rest = (InvertedResidual(channels, channels, 1, expansion) for _ in range(count - 1))
+            self.blocks.append(nn.Sequential(first, *rest))
+            in_channels = channels
+        self.conv2 = nn.Sequential(*conv_bn(in_channels, 1280, 1), nn.ReLU())
+        self.classifier = nn.Linear(1280, 10)
+        start_as_he(self, classifier_std=0.01)
+
+    def forward(self, x):
+        x = self.conv1(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.classifier(self.conv2(x).mean(dim=(2, 3)))
+
+
+CIFAR_NETWORKS = {
+    **{f"resnet{depth}": partial(cifar_resnet, depth) for depth in (8, 14, 20, 32, 44, 56, 110)},
+    **{f"resnet{depth}x4": partial(cifar_resnet, depth, (32, 64, 128, 256)) for depth in (8, 32)},
+    "ResNet50": cifar_resnet50,
+    **{f"wrn_{depth}_{width}": partial(WideResNet, depth, width) for depth in (16, 40) for width in (1, 2)},
+    "vgg8": partial(CifarVGG, 1, 1, 1, 1, 1),
+    "vgg11": partial(CifarVGG, 1, 1, 2, 2, 2),
+    "vgg13": partial(CifarVGG, 2, 2, 2, 2, 2),
+    "vgg16": partial(CifarVGG, 2, 2, 3, 3, 3),
+    "vgg19": partial(CifarVGG, 2, 2, 4, 4, 4),
+    "MobileNetV2": CifarMobileNetV2,
+    "ShuffleV1": shuffle_v1,
+    "ShuffleV2": shuffle_v2,
+}
 
 
 def network_names():
-    """Names that `build_backbone` takes: torchvision's classification networks and CIFAR's resnet8 to resnet110."""
-    return torchvision.models.list_models(module=torchvision.models) + [f"resnet{depth}" for depth in CIFAR_DEPTHS]
+    """Names that `build_backbone` takes: those of `CIFAR_NETWORKS` and of torchvision's classification networks."""
+    return list(dict.fromkeys([*CIFAR_NETWORKS, *torchvision.models.list_models(module=torchvision.models)]))
 
 
 def build_backbone(arch, image_size=224):
     """A network without its classifier, randomly initialised: (N, 3, H, W) -> features (N, feature_dim).
 
-    Keys are torchvision's own. The last linear layer becomes the identity, so that features are its input; its name is
-    kept in `.classifier`. Dropout and stochastic depth are off, as in the papers. At 32 pixels and less torchvision's
-    ResNets get a 3x3 stem of stride 1 without max-pooling (SimCLR, appendix B.9).
+    Keys are those of torchvision, or of the released files of `CIFAR_NETWORKS`. The last linear layer becomes the
+    identity, so that features are its input; its name is kept in `.classifier_name`. Dropout and stochastic depth are
+    off, as in the papers. At 32 pixels and less torchvision's ResNets get a 3x3 stem of stride 1 without max-pooling
+    (SimCLR, appendix B.9), and vgg11 to vgg19, which both have, are CIFAR's.
     Raises UserError for an unknown name.
     """
     if arch not in network_names():
         close = difflib.get_close_matches(arch, network_names(), n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "take any of torchvision's classification networks"
         raise UserError(f"unknown network {arch}: {hint}")
-    if arch.removeprefix("resnet") in map(str, CIFAR_DEPTHS):
-        network = CifarResNet(int(arch.removeprefix("resnet")))
+    if arch in CIFAR_NETWORKS and (image_size <= 32 or arch not in torchvision.models.list_models()):
+        network = CIFAR_NETWORKS[arch]()
     else:
         options = {"image_size": image_size} if arch.startswith("vit_") else {}
         if arch in ("googlenet", "inception_v3"):
@@ -1102,9 +1341,9 @@ def load_backbone(path, arch):
     checkpoint = load_file(path)
     told = checkpoint.get("arch") if isinstance(checkpoint, dict) else None
     state, head_state, left_out = split_state(path, checkpoint)
-    # The stem of the file, not of the image size: 32 stands for the 3x3 one.
-    small_stem = "conv1.weight" in state and state["conv1.weight"].shape[-1] == 3
-    image_size = 32 if small_stem else 224
+    # The stem of the file, not of the image size: 32 stands for a 3x3 one, and for CIFAR's VGG.
+    stem = state.get("conv1.weight", state.get("block0.0.weight"))
+    image_size = 32 if stem is not None and stem.shape[-1] == 3 else 224
     told = told if told in network_names() else None
     arch = arch or told or recognize(path, state, image_size)
     backbone = build_backbone(arch, image_size)
@@ -1165,7 +1404,7 @@ def build_head(path, state):
 def recognize(path, state, image_size):
     """Name of the architecture whose keys and shapes are those of a state dict, classifier aside."""
     regnet = any("trunk_output" in key for key in state)
-    for name in sorted(network_names(), key=lambda name: not name.startswith("resnet")):  # the usual teachers first
+    for name in sorted(network_names(), key=lambda name: "resnet" not in name):  # the usual teachers first
         if ("regnet" in name) != regnet or (name.startswith("vit_") and image_size <= 32):
             continue
         with torch.device("cpu" if regnet else "meta"):  # RegNets compute their widths with real tensors
