@@ -36,7 +36,7 @@ import zipfile
 from collections import namedtuple
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -1099,7 +1099,15 @@ class CifarMobileNetV2(nn.Module):
         super().__init__()
         self.conv1 = nn.Sequential(*conv_bn(3, 16, 3, 2), nn.ReLU())
         self.blocks, in_channels = nn.ModuleList(), 16
-        settings = (1, 8, 1, 1), (6, 12, 2, 1), (6, 16, 3, 2), (6, 32, 4, 2), (6, 48, 3, 1), (6, 80, 3, 2), (6, 160, 1, 1)
+        settings = (
+            (1, 8, 1, 1),
+            (6, 12, 2, 1),
+            (6, 16, 3, 2),
+            (6, 32, 4, 2),
+            (6, 48, 3, 1),
+            (6, 80, 3, 2),
+            (6, 160, 1, 1),
+        )
         for expansion, channels, count, stride in settings:
             first = InvertedResidual(in_channels, channels, stride, expansion)
             rest = (InvertedResidual(channels, channels, 1, expansion) for _ in range(count - 1))
@@ -1404,17 +1412,24 @@ def build_head(path, state):
 def recognize(path, state, image_size):
     """Name of the architecture whose keys and shapes are those of a state dict, classifier aside."""
     regnet = any("trunk_output" in key for key in state)
+    shapes = {key: value.shape for key, value in state.items()}
     for name in sorted(network_names(), key=lambda name: "resnet" not in name):  # the usual teachers first
         if ("regnet" in name) != regnet or (name.startswith("vit_") and image_size <= 32):
             continue
-        with torch.device("cpu" if regnet else "meta"):  # RegNets compute their widths with real tensors
-            network = build_backbone(name, image_size)
-        found = {key: value.shape for key, value in without_classifier(state, network).items()}
-        if found == {key: value.shape for key, value in network.state_dict().items()}:
+        classifier_name, expected = backbone_shapes(name, image_size)
+        if expected == {key: shape for key, shape in shapes.items() if key.rpartition(".")[0] != classifier_name}:
             return name
     some = ", ".join(f"{key} {list(value.shape)}" for key, value in list(state.items())[:3])
     known = "; ".join(name for name, *_ in LAYOUTS)
     raise UserError(f"{path} fits no network known here (it begins with {some}); files of these are read: {known}")
+
+
+@cache
+def backbone_shapes(arch, image_size):
+    """Name of a network's classifier, and {key: shape} of the state dict without it."""
+    with torch.device("cpu" if "regnet" in arch else "meta"):  # RegNets compute their widths with real tensors
+        network = build_backbone(arch, image_size)
+    return network.classifier_name, {key: value.shape for key, value in network.state_dict().items()}
 
 
 def load_torchvision(arch, classifier=False, num_classes=None):
@@ -1576,7 +1591,7 @@ class Run:
     def __init__(self, script, args, *datasets, files=()):
         self.script, self.folder, self.args = script, Path(args.out), args
         self.path, self.path_before = self.folder / "checkpoint.pth", self.folder / "checkpoint.before.pth"
-        self.statistics = datasets[0].statistics
+        self.statistics = datasets[0].statistics if datasets else IMAGENET_STATISTICS
         self.bar, self.writer = None, None
         self.losses, self.named = [], set()  # since the last line of the log; unreadable images named there
         FolderDataset.unreadable.clear()

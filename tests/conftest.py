@@ -1,5 +1,6 @@
 """What the tests share: golden vectors, the small network they were computed with, and ways to run a script."""
 
+import importlib
 import os
 import shutil
 import signal
@@ -148,6 +149,14 @@ def run_script(line, processes=1, cwd=ROOT, check=True):
     if check:
         assert process.returncode == 0, out + errors
     return subprocess.CompletedProcess(line, process.returncode, out, errors)
+
+
+def run(line):
+    """Run a command line in this process, which takes no start."""
+    script, *arguments = line.split()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [script, *arguments])
+        common.run_script(importlib.import_module(script.removesuffix(".py")).main)
 
 
 def told(errors):

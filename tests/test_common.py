@@ -115,7 +115,74 @@ def test_color_parameters_have_the_papers_distribution():
     np.testing.assert_allclose(small, drawn["sigma"] * 32 / 224)
 
 
+def test_rotations_are_counter_clockwise_and_four_in_a_row():
+    images = random_images(3, 5, 5)
+    rows = common.rotate(images, 4)
+    for i, image in enumerate(images):
+        for k in range(4):
+            expected = np.rot90(image.permute(1, 2, 0).numpy(), k)
+            np.testing.assert_array_equal(rows[4 * i + k].permute(1, 2, 0).numpy(), expected)
+
+
+def test_padded_crops_are_torchvisions():
+    images, offsets = random_images(25, 6, 7), np.stack(np.divmod(np.arange(25), 5), axis=1)
+    for image, (top, left), ours in zip(images, offsets, common.pad_and_crop(images, offsets, 2), strict=True):
+        torch.testing.assert_close(ours, TF.crop(TF.pad(image, [2]), top, left, 6, 7), rtol=0, atol=0)
+
+
+def padded_and_rotated(_):
+    """Two batches of four rotations each, as bytes, with every image's number as its label."""
+    images = torch.randint(0, 256, (40, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    dataset = common.ArrayDataset(images, torch.arange(40), 40, torch.device("cpu"), ((0, 0, 0), (1, 1, 1)))
+    view = common.View(8, color=False, padding=2, rotations=4)
+    loader = common.Loader(dataset, [view], 12, 5, 0, torch.device("cpu"))
+    return images, [((255 * rows[0]).round().byte(), labels) for rows, labels in loader.batches(0, 2)]
+
+
+def test_rotations_share_the_flip_and_each_has_its_own_crop():
+    images, batches = padded_and_rotated(None)
+    flips, offsets = [], []
+    for rows, labels in batches:
+        for row, label in zip(rows.unflatten(0, (-1, 4)), labels, strict=True):
+            found = []
+            for flip in (False, True):
+                image = images[label].flip(2) if flip else images[label]
+                padded = [TF.pad(image.rot90(k, (1, 2)), [2]) for k in range(4)]
+                crops = [{at: padded[k][:, at // 5 :, at % 5 :][:, :8, :8] for at in range(25)} for k in range(4)]
+                places = [[at for at in crops[k] if torch.equal(crops[k][at], row[k])] for k in range(4)]
+                found += [(flip, [place[0] for place in places])] if all(places) else []
+            assert len(found) == 1
+            flips.append(found[0][0])
+            offsets += found[0][1]
+    assert 6 <= sum(flips) <= 18 and len(set(offsets)) > 15  # of 24 and 25
+    assert any(len(set(offsets[i : i + 4])) > 1 for i in range(0, len(offsets), 4))
+
+
+def test_rotations_are_the_same_for_any_number_of_processes(tmp_path):
+    _, alone = padded_and_rotated(None)
+    shares = on_processes(2, padded_and_rotated, tmp_path, None)
+    for step, (rows, labels) in enumerate(alone):
+        assert torch.equal(rows, torch.cat([share[1][step][0] for share in shares]))
+        assert torch.equal(labels, torch.cat([share[1][step][1] for share in shares]))
+
+
 # ----------------------------------------------------------------------------------------------------------------- Data
+
+
+def test_few_labels_are_balanced_and_fixed_by_the_seed(image_folder):
+    labels = torch.tensor([0] * 40 + [1] * 20 + [2] * 2)[torch.randperm(62)]
+    images = torch.arange(62, dtype=torch.uint8).view(62, 1, 1, 1).expand(-1, 3, 4, 4)
+    dataset = common.ArrayDataset(images, labels, 3, torch.device("cpu"))
+    part = common.few_labels(dataset, 0.1, seed=0)
+    assert len(part) == 7 and torch.bincount(part.labels).tolist() == [4, 2, 1] and len(dataset) == 62
+    assert torch.equal(labels[part.images[:, 0, 0, 0].long()], part.labels)
+    assert torch.equal(part.images, common.few_labels(dataset, 0.1, seed=0).images)
+    assert not torch.equal(part.images, common.few_labels(dataset, 0.1, seed=1).images)
+    folder = common.FolderDataset(image_folder / "train")
+    part = common.few_labels(folder, 0.5, seed=0)
+    assert len(part) == len(folder) // 2 and torch.bincount(part.labels).tolist() == [4, 4]
+    for path, label in zip(part.paths, part.labels, strict=True):
+        assert folder.classes[label] in path.decode().split("/")
 
 
 def loaded(dataset, batch_size, workers=0, step=0, stop=3):
@@ -288,6 +355,46 @@ def test_cifar_resnets_have_the_known_size(arch, parameters):
     """Parameters of the ten-class networks: those of He et al. (2016), table 6, and projection shortcuts."""
     backbone = common.build_backbone(arch)
     assert sum(p.numel() for p in backbone.parameters()) + 650 == parameters
+
+
+CIFAR = json.loads((GOLDEN / "cifar_models.json").read_text())
+
+
+@pytest.mark.parametrize("name", CIFAR)
+def test_released_labelled_files_give_the_golden_logits(name, tmp_path):
+    """As CRD and SSKD wrapped them; the network is told from the file, and has the released names and size."""
+    vectors, facts = np.load(GOLDEN / "cifar_models.npz"), CIFAR[name]
+    state = golden_fill(facts["state_dict"])
+    torch.save({"epoch": 240, "state_dict" if name < "r" else "model": state}, tmp_path / "file.pth")
+    network = common.load_classifier(tmp_path / "file.pth", num_classes=100)
+    assert sum(p.numel() for p in network.parameters()) == facts["parameters"]
+    assert network.backbone.feature_dim == facts["feature_dim"]
+    images = torch.from_numpy(vectors["images"])
+    for ours, expected in ((network(images), "logits"), (network.features(images), "features")):
+        expected = torch.from_numpy(vectors[f"{name}.{expected}"])
+        torch.testing.assert_close(ours, expected, rtol=0, atol=2e-4 * expected.abs().max().item())
+    plain = network.plain().state_dict()
+    assert plain.keys() == state.keys() and all(torch.equal(plain[key], state[key]) for key in state)
+    teacher = common.load_teacher(tmp_path / "file.pth", name)
+    torch.testing.assert_close(teacher(images), network.features(images), rtol=0, atol=0)
+
+
+def test_a_labelled_file_without_a_classifier_or_with_another_is_refused(tmp_path):
+    backbone = common.build_backbone("resnet8")
+    torch.save(backbone.state_dict(), tmp_path / "bare.pth")
+    with pytest.raises(common.UserError, match=r"bare.pth holds no linear classifier"):
+        common.load_classifier(tmp_path / "bare.pth")
+    torch.save(common.build_classifier("resnet8", 7).plain().state_dict(), tmp_path / "seven.pth")
+    assert common.load_classifier(tmp_path / "seven.pth")(torch.randn(2, 3, 32, 32)).shape == (2, 7)
+    with pytest.raises(common.UserError, match="tells 7 classes apart, --data has 10"):
+        common.load_classifier(tmp_path / "seven.pth", num_classes=10)
+    with pytest.raises(common.UserError, match="squeezenet1_1"):
+        common.build_classifier("squeezenet1_1", 10)
+
+
+def test_vgg_of_small_images_is_cifars():
+    assert common.build_backbone("vgg13", 32).feature_dim == 512
+    assert common.build_backbone("vgg13", 64).feature_dim == 4096
 
 
 RELEASED = (

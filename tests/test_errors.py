@@ -35,6 +35,7 @@ def folder(tmp_path, monkeypatch, image_folder, teacher_file):
     half = torch.load(teacher_file, weights_only=True)
     del half["model"]["encoder.backbone.bn1.weight"]
     torch.save(half, tmp_path / "half.pth")
+    torch.save(common.build_classifier("resnet8", 7).plain().state_dict(), tmp_path / "seven.pth")
     (tmp_path / "file").write_text("")
     (tmp_path / "torn_run").mkdir()
     (tmp_path / "torn_run" / "config.json").write_text("{")
@@ -88,7 +89,7 @@ MISTAKES = {
     f"{MOCO} --data cifar10 --data-root file": ["cifar10", "--data-root"],
     f"{MOCO} --arch resnet9": ["resnet9", "did you mean"],
     f"{MOCO} --arch xyz": ["xyz", "torchvision"],
-    f"{MOCO} --arch vgg11": ["vgg11", "16", "--image-size"],
+    f"{MOCO} --arch vgg11_bn": ["vgg11_bn", "16", "--image-size"],
     f"{MOCO} --batch-size 100 --queue-size 100": ["--batch-size 100", "64"],
     f"{MOCO} --batch-size many": ["--batch-size", "many"],
     f"{MOCO} --lr 0": ["--lr", "0"],
@@ -133,6 +134,23 @@ MISTAKES |= {
     f"{SEED} teacher.pth --small-crops -1": ["--small-crops", "-1"],
     f"{SEED} teacher.pth --teacher-temperature 0": ["--teacher-temperature", "0"],
     f"{SEED} teacher.pth --student vgg11 --image-size 40 --small-crops 2": ["vgg11", "17 pixels", "--small-size"],
+}
+SSKD = "sskd.py --data shapes:64 --image-size 16 --batch-size 16 --epochs 1"
+MISTAKES |= {
+    SSKD: ["--train-teacher NAME", "--teacher FILE", "--student NAME"],
+    f"{SSKD} --teacher labelled.pth": ["--student NAME"],
+    f"{SSKD} --train-teacher resnet8 --teacher labelled.pth --student resnet8": ["either", "--train-teacher NAME"],
+    f"{SSKD} --train-teacher resnet9": ["resnet9", "did you mean"],
+    f"{SSKD} --train-teacher squeezenet1_1 --image-size 32": ["squeezenet1_1", "linear classifier"],
+    f"{SSKD} --teacher missing.pth --student resnet8": ["missing.pth"],
+    f"{SSKD} --teacher teacher.pth --student resnet8": ["teacher.pth", "no linear classifier"],
+    f"{SSKD} --teacher seven.pth --student resnet8": ["seven.pth", "7 classes", "10"],
+    f"{SSKD} --teacher torchvision --student resnet8": ["--teacher-arch"],
+    f"{SSKD} --train-teacher resnet8 --label-fraction 0": ["--label-fraction", "0"],
+    f"{SSKD} --train-teacher resnet8 --label-fraction 0.1": ["--batch-size 16", "10 training images"],
+    f"{SSKD} --train-teacher resnet8 --label-noise 2": ["--label-noise", "2"],
+    f"{SSKD} --teacher seven.pth --student resnet8 --ss-weight -1": ["--ss-weight", "-1"],
+    f"{SSKD} --teacher seven.pth --student resnet8 --kd-temperature 0": ["--kd-temperature", "0"],
 }
 
 

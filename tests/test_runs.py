@@ -1,33 +1,23 @@
 """Runs survive: kills, signals, full disks, damaged files, bad images; and they end in one line where they cannot."""
 
 import argparse
-import importlib
 import json
 import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import faults
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import free_port, on_processes, run_script, start_script, told
+from conftest import free_port, on_processes, run, run_script, start_script, told
 
 import common
 
 SMALL = "--data shapes:64 --image-size 16 --batch-size 16 --queue-size 50"
 MOCO = f"moco_v2.py {SMALL} --arch resnet8 --dim 16"
-
-
-def run(line):
-    """Run a command line in this process."""
-    script, *arguments = line.split()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [script, *map(str, arguments)])
-        common.run_script(importlib.import_module(script.removesuffix(".py")).main)
 
 
 def refused(line, capfd):
