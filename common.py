@@ -346,15 +346,15 @@ class ArrayDataset:
         indices = torch.from_numpy(job.indices).to(self.images.device)
         images = self.images[indices].float().div_(255)
         height, width = images.shape[2:]
-        whole = np.tile([0, 0, height, width], (len(images), 1))
         out = []
         for i, view in enumerate(job.views):
-            if view.scale is None:
-                boxes, flips = whole, np.zeros(len(images), dtype=bool)
-            elif view.padding:
-                boxes, flips = whole, flip_coins(job.uniforms[i])
-            else:
-                boxes, flips = crop_boxes(job.uniforms[i], height, width, view.scale), flip_coins(job.uniforms[i])
+            boxes = np.tile([0, 0, height, width], (len(images), 1))
+            flips = np.zeros(len(images), dtype=bool) if view.scale is None else flip_coins(job.uniforms[i])
+            if view.scale and not view.padding:
+                boxes = crop_boxes(job.uniforms[i], height, width, view.scale)
+            elif height == width == view.size:
+                out.append(mirror(images, flips))
+                continue
             out.append(crop_and_resize(images, boxes, flips, view.size))
         return out, self.labels[indices], {}
 
@@ -622,6 +622,12 @@ def flip_coins(uniforms):
     return uniforms[:, 22] < 0.5
 
 
+def mirror(images, flips):
+    """Flip the images (n, 3, H, W) for which flips, (n,) bool, say so."""
+    flips = torch.from_numpy(flips).to(images.device, non_blocking=True)
+    return torch.where(flips[:, None, None, None], images.flip(3), images)
+
+
 def crop_and_resize(images, boxes, flips, size):
     """Crop, resize (bilinear, antialiased) and flip every image of a batch by its own box.
 
@@ -659,13 +665,10 @@ def rotate(images, count):
 
 def pad_and_crop(images, offsets, padding):
     """Crop images (n, 3, H, W) at their own offsets (n, 2), 0 to 2 * padding, from images padded with black."""
-    offsets = torch.from_numpy(offsets).to(images.device, non_blocking=True)
-    rows, columns = (
-        offsets[:, axis, None] + torch.arange(images.shape[2 + axis], device=images.device) for axis in (0, 1)
-    )
-    n, channel = (torch.arange(count, device=images.device) for count in images.shape[:2])
-    padded = F.pad(images, [padding] * 4)
-    return padded[n[:, None, None, None], channel[:, None, None], rows[:, None, :, None], columns[:, None, None, :]]
+    top, left = torch.from_numpy(offsets).to(images.device, non_blocking=True).unbind(dim=1)
+    height, width = images.shape[2:]
+    crops = F.pad(images, [padding] * 4).unfold(2, height, 1).unfold(3, width, 1)  # a view of all that there are
+    return crops[torch.arange(len(images), device=images.device), :, top, left]
 
 
 def draw_color(rng, n, size):

@@ -180,7 +180,8 @@ def main():
     model = SSKD(student, load_teacher(args, train.num_classes), weights, kd_temperature=args.kd_temperature,
                  tf_temperature=args.tf_temperature, ss_temperature=args.ss_temperature, tf_ratio=args.tf_ratio,
                  ss_ratio=args.ss_ratio)  # fmt: skip
-    for network in filter(None, (model.student, model.teacher)):
+    networks = [student, model.teacher] if model.teacher else [student]
+    for network in networks:
         network.amp = common.AMP[args.amp]
     model.to(device, memory_format=torch.channels_last)
     crop = {"padding": round(size / 8)} if train.in_memory else {"scale": (0.08, 1.0)}
@@ -198,8 +199,8 @@ def main():
     run = common.Run("sskd", args, train, val, files=files)
     step = run.resume(model, optimizer, scaler, arch=args.student, image_size=size)
     if args.compile:
-        for network in model.children():
-            network.compile()
+        for network in networks:
+            network.backbone.compile()
     if model.teacher and step == 0:
         run.log({"step": 0, "epoch": 0, "teacher_top1": accuracy(model.teacher, val, size, args, device)})
 

@@ -7,6 +7,8 @@
                  it cannot do without.
     SEED         time and memory of its loss and gradients at 256 images and a queue of 65536, against the released way
                  (a copy of the queue, then the temperature over (N, 1 + K) similarities).
+    SSKD         a whole training step with its data on two cores, images a second, against the same networks and losses
+                 behind the released code's input: flip, turns and padded crops image by image in PIL, two workers.
     Saving       the pause of a checkpoint of MoCo v2 with ResNet-50 and a queue of 65536, and what it adds to a run.
     Tracking     what counting a step costs: the log, the question whether to save or to stop.
 
@@ -33,6 +35,7 @@ import common
 from disco import DisCo
 from moco_v2 import MoCo
 from seed import seed_loss
+from sskd import SSKD
 
 CPU = torch.device("cpu")
 
@@ -180,6 +183,59 @@ def seed_queue():
           f"{1e3 * other:.0f} ms, {theirs:.0f} MiB; ratios {ratio:.2f}, {ours / theirs:.2f}")  # fmt: skip
 
 
+class PilRotations(torch.utils.data.Dataset):
+    """The released SSKD code's input: four turns of an image, each cropped from the padded image."""
+
+    def __init__(self, dataset):
+        self.arrays, self.labels = dataset.images.permute(0, 2, 3, 1).numpy(), dataset.labels
+        self.transform = transforms.Compose([
+            transforms.RandomCrop(32, padding=4),
+            transforms.ToTensor(),
+            transforms.Normalize(*dataset.statistics),
+        ])  # fmt: skip
+
+    def __len__(self):
+        return len(self.arrays)
+
+    def __getitem__(self, index):
+        image = self.arrays[index][:, ::-1] if random.random() < 0.5 else self.arrays[index]
+        turns = [self.transform(Image.fromarray(np.rot90(image, k).copy())) for k in range(4)]
+        return torch.stack(turns), self.labels[index]
+
+
+def sskd_step(teacher, student, steps=20, batch_size=64):
+    """Print images a second of SSKD's steps, and of its input alone, against the PIL input around the same networks."""
+    torch.set_num_threads(2)
+    drawn, _ = common.load_dataset(f"shapes:{steps * batch_size}", None, "train", CPU)
+    networks = (common.build_classifier(name, 10, 32) for name in (student, teacher))
+    weights = {"ce": 0.1, "kd": 0.9, "tf": 2.7, "ss": 10.0}
+    model = SSKD(*networks, weights, kd_temperature=4.0).to(memory_format=torch.channels_last)
+    model.teacher_head.requires_grad_(False)
+    learning = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(learning, 0.05, momentum=0.9, weight_decay=5e-4, fused=True)
+    view = common.View(32, color=False, padding=4, rotations=4)
+    loader = common.Loader(drawn, [view], batch_size, 0, 0, CPU)
+    pil = torch.utils.data.DataLoader(PilRotations(drawn), batch_size, shuffle=True, num_workers=2,
+                                      persistent_workers=True)  # fmt: skip
+
+    def train(images, labels):
+        optimizer.zero_grad()
+        model(images, labels)["loss"].backward()
+        optimizer.step()
+
+    def skip(images, labels):
+        pass
+
+    for what, use in (("input alone", skip), (f"whole step, {teacher} to {student}", train)):
+        one, other, ratio = pairs(
+            lambda use=use: [use(images, labels) for (images,), labels in loader.batches(0, steps)],
+            lambda use=use: [use(images.flatten(0, 1), labels) for images, labels in pil],
+        )
+        count = steps * batch_size
+        print(f"SSKD, 32 pixels, batch {batch_size}, {what}: {count / one:.0f} images/s, behind PIL "
+              f"{count / other:.0f}, {1 / ratio:.2f} times as fast")  # fmt: skip
+
+
 def saving(folder):
     """Print the pause of a checkpoint on the disk of `folder`, and the cost of tracking a step."""
     backbone = common.build_backbone("resnet50")
@@ -220,6 +276,8 @@ def main():
     input_path("in memory, 32 pixels", drawn, 32, lambda: map(Image.fromarray, arrays))
     step("efficientnet_b0", 224, 16, 65536)
     step("resnet8", 32, 128, 4096)
+    sskd_step("resnet20", "resnet8")
+    sskd_step("wrn_40_2", "wrn_16_2", steps=4)
     seed_queue()  # last: it changes how the processor treats very small numbers
 
 

@@ -379,6 +379,17 @@ def test_released_labelled_files_give_the_golden_logits(name, tmp_path):
     torch.testing.assert_close(teacher(images), network.features(images), rtol=0, atol=0)
 
 
+def test_a_student_of_the_released_sskd_code_is_read(tmp_path):
+    """It saved the network under "backbone." beside the head of the contrastive task."""
+    network = common.build_classifier("vgg8", 100, 32)
+    state = {f"backbone.{key}": value for key, value in network.plain().state_dict().items()}
+    state |= {f"proj_head.{key}": value for key, value in common.mlp_head(512, 512, 512).state_dict().items()}
+    torch.save({"epoch": 240, "state_dict": state, "best_acc": 75.3}, tmp_path / "student_best.pth")
+    images = torch.randn(2, 3, 32, 32)
+    ours = common.load_classifier(tmp_path / "student_best.pth")
+    assert torch.equal(ours(images), network.eval()(images))
+
+
 def test_a_labelled_file_without_a_classifier_or_with_another_is_refused(tmp_path):
     backbone = common.build_backbone("resnet8")
     torch.save(backbone.state_dict(), tmp_path / "bare.pth")
