@@ -123,6 +123,7 @@ def main():
     device = common.init_device(args.seed)
     teacher = common.load_teacher(args.teacher, args.teacher_arch)
     dataset, size = common.load_dataset(args.data, args.data_root, "pretrain", device, args.image_size)
+    common.try_image(teacher.backbone, args.teacher, size)
     view = common.View(size)
     loader = common.Loader(dataset, [view, view], args.batch_size, args.seed, args.workers, device)
 

@@ -134,6 +134,7 @@ def main():
     device = common.init_device(args.seed)
     teacher = common.load_teacher(args.teacher, args.teacher_arch)
     dataset, size = common.load_dataset(args.data, args.data_root, "pretrain", device, args.image_size)
+    common.try_image(teacher.backbone, args.teacher, size)
     views = [common.View(size, scale=(0.14 if args.small_crops else 0.2, 1.0))]
     small_size = args.small_size or round(size * 96 / 224)
     views += [common.View(small_size, scale=(0.05, 0.14))] * args.small_crops

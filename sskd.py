@@ -8,7 +8,7 @@ mistakes included, beside its predictions on upright and on rotated images.
 
     CE on labels; KD on logits of upright images; TF on logits of rotated ones; SS on the cosine similarities of each
     rotated image to all upright ones. TF and SS keep all rows that the teacher gets right and, of the others, those
-    with the smallest error level, the rank of the true answer among the teacher's (selective transfer, section 3.3).
+    with the smallest error level, the rank of the true answer among the teacher's (selective transfer).
 
 Three stages: a labelled teacher (trained here, or any labelled file); its self-supervision head, the teacher frozen;
 the student. An image gives four in a row, turned by 0, 90, 180 and 270 degrees counter-clockwise; as in the released
@@ -55,7 +55,7 @@ def own_image(similarity):
 
 
 def ss_head_loss(embedding):
-    """Loss of the self-supervision head: which upright image is a turned one of? (equation 3). embedding: (4B, D)."""
+    """Loss of the self-supervision head: which upright image is a turned one of? embedding: (4B, D)."""
     similarity = similarities(embedding)
     return F.cross_entropy(similarity, own_image(similarity))
 
@@ -83,7 +83,7 @@ def kd_loss(student, teacher, temperature, kept=None):
 
 def sskd_losses(student_logits, student_ss, teacher_logits, teacher_ss, labels, *, kd_temperature=4.0,
                 tf_temperature=4.0, ss_temperature=0.5, tf_ratio=1.0, ss_ratio=0.75):  # fmt: skip
-    """The four terms (equations 2, 5, 6 and 7), unweighted: {"ce", "kd", "tf", "ss"}.
+    """The four terms, unweighted: {"ce", "kd", "tf", "ss"}.
 
     logits: (4B, classes); ss: embeddings of the self-supervision heads, (4B, D), a D each; labels: (B,).
     """
@@ -177,7 +177,10 @@ def main():
 
     student = common.build_classifier(args.student, train.num_classes, size)
     weights = {"ce": args.ce_weight, "kd": args.kd_weight, "tf": args.tf_weight, "ss": args.ss_weight}
-    model = SSKD(student, load_teacher(args, train.num_classes), weights, kd_temperature=args.kd_temperature,
+    teacher = load_teacher(args, train.num_classes)
+    if teacher:
+        common.try_image(teacher.backbone, args.teacher, size)
+    model = SSKD(student, teacher, weights, kd_temperature=args.kd_temperature,
                  tf_temperature=args.tf_temperature, ss_temperature=args.ss_temperature, tf_ratio=args.tf_ratio,
                  ss_ratio=args.ss_ratio)  # fmt: skip
     networks = [student, model.teacher] if model.teacher else [student]
@@ -228,7 +231,7 @@ def main():
         run.save(step)
 
     # The student learns from labels, teacher and head
-    optimizer.zero_grad()
+    optimizer.zero_grad()  # without gradients the optimiser leaves the head alone
     if head_epochs:
         model.teacher_head.requires_grad_(False)
     parallel = common.distribute(model)
@@ -297,7 +300,8 @@ def parse_args():
         "torchvision, its labelled weights of --teacher-arch")  # fmt: skip
     add("--teacher-arch", help="the teacher's network (default: read from its file)")
     add("--student", help="network, any of torchvision's or of CIFAR's")
-    add("--ce-weight", type=common.number(float, 0), default=0.1, help="of the labels (default %(default)s)")
+    add("--ce-weight", type=common.number(float, 0), default=0.1, help="of the labels (default %(default)s, or 1 with "
+        "--train-teacher)")  # fmt: skip
     add("--kd-weight", type=common.number(float, 0), default=0.9, help="of distillation (default %(default)s)")
     add("--tf-weight", type=common.number(float, 0), default=2.7, help="of the same on rotated images (default "
         "%(default)s)")  # fmt: skip
@@ -327,7 +331,13 @@ def parse_args():
     if args.train_teacher:
         parser.set_defaults(student=network, ce_weight=1.0, kd_weight=0.0, tf_weight=0.0, ss_weight=0.0,
                             out="runs/sskd_teacher")  # fmt: skip
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.train_teacher and args.kd_weight + args.tf_weight + args.ss_weight:
+        raise common.UserError("--train-teacher learns from labels alone: leave out --kd-weight, --tf-weight and "
+                               "--ss-weight")  # fmt: skip
+    if not args.ce_weight + args.kd_weight + args.tf_weight + args.ss_weight:
+        raise common.UserError("--ce-weight, --kd-weight, --tf-weight and --ss-weight are all 0: nothing to learn")
+    return args
 
 
 if __name__ == "__main__":

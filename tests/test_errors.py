@@ -11,8 +11,16 @@ from conftest import free_port, run_script, told
 import common
 
 
+@pytest.fixture(scope="module")
+def vgg8_file(tmp_path_factory):
+    """A labelled network that halves images three times."""
+    path = tmp_path_factory.mktemp("labelled") / "vgg8.pth"
+    torch.save(common.build_classifier("vgg8", 10).plain().state_dict(), path)
+    return path
+
+
 @pytest.fixture
-def folder(tmp_path, monkeypatch, image_folder, teacher_file):
+def folder(tmp_path, monkeypatch, image_folder, teacher_file, vgg8_file):
     """A working folder with an image folder, a teacher and files that are none."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -36,6 +44,7 @@ def folder(tmp_path, monkeypatch, image_folder, teacher_file):
     del half["model"]["encoder.backbone.bn1.weight"]
     torch.save(half, tmp_path / "half.pth")
     torch.save(common.build_classifier("resnet8", 7).plain().state_dict(), tmp_path / "seven.pth")
+    (tmp_path / "vgg8.pth").symlink_to(vgg8_file)
     (tmp_path / "file").write_text("")
     (tmp_path / "torn_run").mkdir()
     (tmp_path / "torn_run" / "config.json").write_text("{")
@@ -72,6 +81,7 @@ MISTAKES = {
     f"{DISCO} no_weights.pth": ["no_weights.pth"],
     f"{DISCO} list.pth": ["list.pth"],
     f"{DISCO} half.pth": ["half.pth", "bn1.weight"],
+    f"{DISCO} vgg8.pth --image-size 4": ["vgg8.pth", "4 pixels", "--image-size"],
     f"{DISCO} teacher.pth --teacher-arch resnet20": ["teacher.pth as resnet20", "missing"],
     f"{DISCO} teacher.pth --student efficientnet_b9": ["efficientnet_b9", "did you mean efficientnet_b"],
     f"{DISCO} teacher.pth --teacher-bn train": ["train", "running"],
@@ -149,6 +159,9 @@ MISTAKES |= {
     f"{SSKD} --train-teacher resnet8 --label-fraction 0": ["--label-fraction", "0"],
     f"{SSKD} --train-teacher resnet8 --label-fraction 0.1": ["--batch-size 16", "10 training images"],
     f"{SSKD} --train-teacher resnet8 --label-noise 2": ["--label-noise", "2"],
+    f"{SSKD} --train-teacher resnet8 --kd-weight 0.5": ["--train-teacher", "leave out --kd-weight"],
+    f"{SSKD} --train-teacher resnet8 --ce-weight 0": ["--ce-weight", "all 0"],
+    f"{SSKD} --teacher vgg8.pth --student resnet8 --image-size 4": ["vgg8.pth", "4 pixels", "--image-size"],
     f"{SSKD} --teacher seven.pth --student resnet8 --ss-weight -1": ["--ss-weight", "-1"],
     f"{SSKD} --teacher seven.pth --student resnet8 --kd-temperature 0": ["--kd-temperature", "0"],
 }
