@@ -25,6 +25,7 @@ import math
 import os
 import pickle
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -1143,9 +1144,27 @@ CIFAR_NETWORKS = {
 }
 
 
+WIDENED = {f"resnet50w{times}": times for times in (2, 4, 5)}  # SwAV's; torchvision's wide ones are so inside blocks
+
+
+def widen(network, times):
+    """Give every layer of a ResNet so many times the channels, but for the image's and the classes."""
+    for name, layer in list(network.named_modules()):
+        if isinstance(layer, nn.Conv2d):
+            in_channels = layer.in_channels * (times if name != "conv1" else 1)
+            wide = nn.Conv2d(in_channels, times * layer.out_channels, layer.kernel_size, layer.stride, layer.padding,
+                             bias=False)  # fmt: skip
+            network.set_submodule(name, wide)
+        elif isinstance(layer, nn.BatchNorm2d):
+            network.set_submodule(name, nn.BatchNorm2d(times * layer.num_features))
+        elif isinstance(layer, nn.Linear):
+            network.set_submodule(name, nn.Linear(times * layer.in_features, layer.out_features))
+    return start_as_he(network)
+
+
 def network_names():
-    """Names that `build_backbone` takes: those of `CIFAR_NETWORKS` and of torchvision's classification networks."""
-    return list(dict.fromkeys([*CIFAR_NETWORKS, *torchvision.models.list_models(module=torchvision.models)]))
+    """Names that `build_backbone` takes: of `CIFAR_NETWORKS`, `WIDENED` and torchvision's classification networks."""
+    return list(dict.fromkeys([*CIFAR_NETWORKS, *WIDENED, *torchvision.models.list_models(module=torchvision.models)]))
 
 
 def build_backbone(arch, image_size=224):
@@ -1168,13 +1187,15 @@ def build_backbone(arch, image_size=224):
         if arch in ("googlenet", "inception_v3"):
             options = {"aux_logits": False, "init_weights": False}
         try:
-            network = torchvision.models.get_model(arch, **options)
+            network = torchvision.models.get_model("resnet50" if arch in WIDENED else arch, **options)
         except AssertionError as error:  # a transformer's patches
             raise UserError(f"{arch} does not take images of {image_size} pixels ({error})") from None
         if isinstance(network, torchvision.models.ResNet) and image_size <= 32:
             network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
             nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
             network.maxpool = nn.Identity()
+        if arch in WIDENED:
+            widen(network, WIDENED[arch])
     for module in network.modules():
         if isinstance(module, (nn.Dropout, torchvision.ops.StochasticDepth)):
             module.p = 0.0
@@ -1274,18 +1295,24 @@ def build_classifier(arch, num_classes, image_size=224):
     return Classifier(backbone, nn.Linear(backbone.feature_dim, num_classes))
 
 
-# Where a file keeps backbone and head, and what it holds besides. A file has the first layout whose two prefixes both
-# begin some of its keys.
+# Where files keep what. A file has the first layout whose mark begins one of its keys; the other columns are what the
+# keys of each part begin with. A classifier that is not named here stands in the backbone, in its own place; a key that
+# belongs to no part must begin with one of `others`, else the file is refused.
+Layout = namedtuple("Layout", "written_by mark backbone head others classifier activation",
+                    defaults=(None, (), None, nn.ReLU))  # fmt: skip
+ANY = ("",)
 LAYOUTS = (
-    # written by                            backbone              head                       left out
-    ("moco_v2.py",                          "encoder.backbone.",  "encoder.head.",           None),
-    ("disco.py, seed.py",                   "student.backbone.",  "student.head.",           None),
-    ("sskd.py",                             "student.backbone.",  None,                      "student.classifier."),
-    ("SSKD's students, the released code",  "backbone.",          None,                      "proj_head."),
-    ("MoCo v1 and v2, the released code",   "module.encoder_q.",  "module.encoder_q.fc.",    None),
-    ("SwAV, DeepCluster-v2, SeLa-v2",       "module.",            "module.projection_head.", "module.prototypes."),
-    ("torchvision, or a backbone.pth",      "",                   None,                      None),
+    Layout("moco_v2.py", "encoder.head.", "encoder.backbone.", "encoder.head.", ANY),
+    Layout("disco.py, seed.py", "student.head.", "student.backbone.", "student.head.", ANY),
+    Layout("sskd.py", "student.classifier.", "student.backbone.", None, ANY, "student.classifier."),
+    Layout("MoCo v1 and v2", "encoder_q.", "encoder_q.", "encoder_q.fc.", ("encoder_k.", "queue")),
+    Layout("SwAV, DeepCluster-v2, SeLa-v2", "projection_head.", "", "projection_head.", ("prototypes.",)),
+    Layout("DINO", "head.mlp.", "backbone.", "head.mlp.", ("head.last_layer.",), None, nn.GELU),
+    Layout("SSKD's students", "proj_head.", "backbone.", None, ("proj_head.",)),
+    Layout("SimCLR", "backbone.fc.0.", "backbone.", "backbone.fc."),
+    Layout("bare and labelled networks of torchvision, CRD and SSKD, or a backbone.pth", "", ""),
 )  # fmt: skip
+WRAPPERS = ("model", "state_dict", "teacher")  # keys around a state dict; of DINO's two networks the teacher is better
 
 
 class Damaged(UserError):
@@ -1305,9 +1332,11 @@ def load_file(path, whole=False):
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise Damaged(f"no file {path}") from None
-    except pickle.UnpicklingError:
-        raise UserError(f"{path} is not a checkpoint, or holds more than tensors and plain values, which is not loaded "
-                        "because it could run code: save its state dict alone") from None  # fmt: skip
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"holds {found[1]} besides tensors" if found else "is not a checkpoint, or holds more than tensors"
+        raise UserError(f"{path} {what} and plain values, which is not loaded because it could run code: have one who "
+                        "trusts it save its state dict alone") from None  # fmt: skip
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, zipfile.BadZipFile) as error:
         reason = (str(error).splitlines() or ["damaged"])[0]
         raise Damaged(f"{path} is not a readable checkpoint ({reason})") from None
@@ -1319,9 +1348,9 @@ def load_teacher(path, arch=None):
     The architecture is read from the file; `arch` overrides it. A file without a head gives its features as embedding.
     Returns an Encoder. Raises UserError for a file that fits nothing or only in part.
     """
-    backbone, head_state, _ = load_backbone(path, arch)
-    encoder = Encoder(backbone, build_head(path, head_state))
-    load_exactly(encoder.head, head_state, f"projection head of {path}")
+    parts = load_backbone(path, arch)
+    encoder = Encoder(parts.backbone, build_head(path, parts.head, parts.activation))
+    load_exactly(encoder.head, parts.head, f"projection head of {path}")
     return encoder.requires_grad_(False).eval()
 
 
@@ -1331,8 +1360,8 @@ def load_classifier(path, arch=None, num_classes=None):
     Returns a Classifier. Raises UserError as `load_teacher` does, where the file has no classifier, and where that one
     does not tell `num_classes` classes apart.
     """
-    backbone, _, state = load_backbone(path, arch)
-    return labelled(path, backbone, state, num_classes)
+    parts = load_backbone(path, arch)
+    return labelled(path, parts.backbone, parts.classifier, num_classes)
 
 
 def labelled(what, backbone, state, num_classes=None):
@@ -1348,39 +1377,45 @@ def labelled(what, backbone, state, num_classes=None):
 
 
 def load_backbone(path, arch):
-    """The backbone of a file, with its weights, and the state dicts of its projection head and of its classifier."""
+    """The parts of a file as a Layout: the backbone, with its weights, and state dicts of its head and classifier."""
     checkpoint = load_file(path)
-    told = checkpoint.get("arch") if isinstance(checkpoint, dict) else None
-    state, head_state, left_out = split_state(path, checkpoint)
+    parts = split_state(path, checkpoint)
+    state = parts.backbone
     # The stem of the file, not of the image size: 32 stands for a 3x3 one, and for CIFAR's VGG.
     stem = state.get("conv1.weight", state.get("block0.0.weight"))
     image_size = 32 if stem is not None and stem.shape[-1] == 3 else 224
+    told = checkpoint.get("arch") if isinstance(checkpoint, dict) else None
     told = told if told in network_names() else None
     arch = arch or told or recognize(path, state, image_size)
     backbone = build_backbone(arch, image_size)
     load_exactly(backbone, without_classifier(state, backbone), f"{path} as {arch}")
-    return backbone, head_state, own_classifier(state, backbone) or left_out
+    return parts._replace(backbone=backbone, classifier=parts.classifier or own_classifier(state, backbone))
 
 
 def split_state(path, checkpoint):
-    """State dicts of backbone, head and what is left out of a file's content, by the first layout that fits."""
+    """The layout of a file's content, with state dicts for the prefixes of backbone, head and classifier."""
     state = checkpoint
-    for wrapper in ("model", "state_dict"):
+    for wrapper in WRAPPERS:
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
     if not isinstance(state, dict) or not any(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{path} holds no network's weights")
-    state = {str(key): value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    # "module." is DataParallel's, whatever the layout
+    state = {str(k).removeprefix("module."): v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    layout = next(layout for layout in LAYOUTS if any(key.startswith(layout.mark) for key in state))
 
-    def part(prefix):
-        return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    def take(prefix):
+        keys = [key for key in state if prefix is not None and key.startswith(prefix)]
+        return {key.removeprefix(prefix): state.pop(key) for key in keys}
 
-    for _, backbone_prefix, head_prefix, left_out in LAYOUTS:
-        backbone, head = part(backbone_prefix), part(head_prefix) if head_prefix else {}
-        if backbone and (head or head_prefix is None):
-            others = tuple(prefix for prefix in (head_prefix, left_out) if prefix)
-            backbone = {k: v for k, v in backbone.items() if not (backbone_prefix + k).startswith(others)}
-            return backbone, head, part(left_out) if left_out else {}
+    # In this order: the backbone's prefix may begin the others, too
+    parts = {name: take(getattr(layout, name)) for name in ("head", "classifier")}
+    for prefix in filter(None, layout.others):
+        take(prefix)
+    parts["backbone"] = take(layout.backbone)
+    if state and layout.others != ANY:
+        raise UserError(f"{path} does not fit; {layout.written_by} files have no {', '.join(list(state)[:3])}")
+    return layout._replace(**parts)
 
 
 def without_classifier(state, backbone):
@@ -1394,36 +1429,45 @@ def own_classifier(state, backbone):
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
-def build_head(path, state):
-    """The projection head that a state dict belongs to: MoCo v1's, v2's or SwAV's, or the identity for none."""
+def build_head(path, state, activation=nn.ReLU):
+    """The projection head of a state dict: one linear layer, or an MLP with or without BatchNorm; identity for none.
+
+    An MLP's layers bear their places in a Sequential; a place without weights is an activation.
+    """
     shapes = {name: tuple(value.shape) for name, value in state.items()}
     if not shapes:
         return nn.Identity()
-    if shapes.keys() == {"weight", "bias"}:
+    if shapes.keys() == {"weight", "bias"} and len(shapes["weight"]) == 2:
         return nn.Linear(*shapes["weight"][::-1])
-    if shapes.keys() == {"0.weight", "0.bias", "2.weight", "2.bias"}:
-        return mlp_head(shapes["0.weight"][1], shapes["0.weight"][0], shapes["2.weight"][0])
-    if {"0.weight", "1.running_var", "3.weight"} <= shapes.keys():
-        hidden_dim, in_dim = shapes["0.weight"]
-        norm = nn.BatchNorm1d(hidden_dim)
-        return nn.Sequential(
-            nn.Linear(in_dim, hidden_dim), norm, nn.ReLU(), nn.Linear(hidden_dim, len(state["3.weight"]))
-        )
-    raise UserError(f"{path} has a projection head of a kind not known here: {shapes}")
+    layers = []
+    places = {int(name.partition(".")[0]) for name in shapes if name.partition(".")[0].isdecimal()}
+    for place in range(max(places, default=-1) + 1):
+        weight = shapes.get(f"{place}.weight", ())
+        if len(weight) == 2:
+            layers.append(nn.Linear(*weight[::-1]))
+        else:
+            layers.append(nn.BatchNorm1d(*weight) if weight else activation())
+    return nn.Sequential(*layers)
 
 
 def recognize(path, state, image_size):
     """Name of the architecture whose keys and shapes are those of a state dict, classifier aside."""
     regnet = any("trunk_output" in key for key in state)
-    shapes = {key: value.shape for key, value in state.items()}
+    nearest = ()
     for name in sorted(network_names(), key=lambda name: "resnet" not in name):  # the usual teachers first
         if ("regnet" in name) != regnet or (name.startswith("vit_") and image_size <= 32):
             continue
         classifier_name, expected = backbone_shapes(name, image_size)
-        if expected == {key: shape for key, shape in shapes.items() if key.rpartition(".")[0] != classifier_name}:
+        shapes = {key: value.shape for key, value in state.items() if key.rpartition(".")[0] != classifier_name}
+        same = sum(shapes.get(key) == shape for key, shape in expected.items())
+        if same == len(expected) == len(shapes):
             return name
+        nearest = max(nearest, (same / max(len(expected), len(shapes)), name, expected, shapes), key=lambda x: x[:1])
+    agreement, name, expected, shapes = nearest
+    if agreement > 0.5:
+        raise UserError(f"{path} is nearest to {name} but does not fit; for example {misfits(expected, shapes)}")
     some = ", ".join(f"{key} {list(value.shape)}" for key, value in list(state.items())[:3])
-    known = "; ".join(name for name, *_ in LAYOUTS)
+    known = "; ".join(layout.written_by for layout in LAYOUTS)
     raise UserError(f"{path} fits no network known here (it begins with {some}); files of these are read: {known}")
 
 
@@ -1455,16 +1499,20 @@ def load_torchvision(arch, classifier=False, num_classes=None):
 
 def load_exactly(module, state, what):
     """Load a state dict and raise UserError, naming keys, where one is missing, left over or of another shape."""
-    own = module.state_dict()
-    faults = {
-        "missing": own.keys() - state.keys(),
-        "left over": state.keys() - own.keys(),
-        "of another shape": {key for key in own.keys() & state.keys() if own[key].shape != state[key].shape},
-    }
-    told = [f"{fault}: {', '.join(sorted(keys)[:3])}" for fault, keys in faults.items() if keys]
-    if told:
-        raise UserError(f"{what} does not fit; for example {'; '.join(told)}")
+    expected, found = ({key: value.shape for key, value in part.items()} for part in (module.state_dict(), state))
+    if expected != found:
+        raise UserError(f"{what} does not fit; for example {misfits(expected, found)}")
     module.load_state_dict(state)
+
+
+def misfits(expected, found):
+    """Name some keys by which two dicts of {key: shape} differ."""
+    faults = {
+        "missing": expected.keys() - found.keys(),
+        "left over": found.keys() - expected.keys(),
+        "of another shape": {key for key in expected.keys() & found.keys() if expected[key] != found[key]},
+    }
+    return "; ".join(f"{fault}: {', '.join(sorted(keys)[:3])}" for fault, keys in faults.items() if keys)
 
 
 # ----------------------------------------------------------------------------------------------------------- Evaluation

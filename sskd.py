@@ -231,7 +231,6 @@ def main():
         run.save(step)
 
     # The student learns from labels, teacher and head
-    optimizer.zero_grad()  # without gradients the optimiser leaves the head alone
     if head_epochs:
         model.teacher_head.requires_grad_(False)
     parallel = common.distribute(model)

@@ -205,6 +205,7 @@ def labelled_file(tmp_path_factory):
 
 def test_three_stages_go_on_with_the_same_bits_and_give_a_plain_network(tmp_path, labelled_file, capsys):
     line = f"{SHAPES} --teacher {labelled_file} --student wrn_16_1 --head-epochs 2 --epochs 2 --label-noise 0.2"
+    line += " --head-lr 0.02"
     capsys.readouterr()
     run(f"{line} --out {tmp_path}/whole")
     whole = capsys.readouterr().out
@@ -219,6 +220,7 @@ def test_three_stages_go_on_with_the_same_bits_and_give_a_plain_network(tmp_path
         assert torch.equal(value, second["model"][name]), name
     log = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
     assert "teacher_top1" in log[0] and [line["step"] for line in log if "top1" in line] == [6, 9, 12]
+    assert [line["lr"] for line in log if "loss" in line] == pytest.approx([0.02, 0.002, 0.05, 0.05])
     assert all(line["ss"] > 0 and line["tf"] > 0 for line in log if "ce" in line)
 
     plain = common.CIFAR_NETWORKS["wrn_16_1"]()
