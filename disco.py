@@ -176,7 +176,7 @@ def parse_args():
     add = parser.add_argument
     add("--teacher", required=True, help="file of a frozen teacher: a checkpoint of moco_v2.py or a released one")
     add("--teacher-arch", help="the teacher's network (default: read from its file)")
-    add("--student", required=True, help="network, any of torchvision's or resnet8 to resnet110 of CIFAR")
+    add("--student", required=True, help="network, any of torchvision's or of CIFAR's (common.CIFAR_NETWORKS)")
     add("--hidden-dim", type=common.positive_int, default=2048, help="hidden layer of the student's head (default "
         "%(default)s: wide, against the distilling bottleneck)")  # fmt: skip
     add("--distill-weight", type=common.positive_float, default=32.0, help="of the distillation term (default "

@@ -140,7 +140,7 @@ def main():
 def parse_args():
     parser = common.common_parser("moco_v2", __doc__, epochs=200, batch_size=256, lr=0.03, weight_decay=1e-4)
     add = parser.add_argument
-    add("--arch", required=True, help="network, any of torchvision's or resnet8 to resnet110 of CIFAR")
+    add("--arch", required=True, help="network, any of torchvision's or of CIFAR's (common.CIFAR_NETWORKS)")
     add("--dim", type=common.positive_int, default=128, help="dimensions of the embedding (default %(default)s)")
     add("--hidden-dim", type=common.positive_int, help="hidden layer of the head (default: as wide as the features)")
     add("--queue-size", type=common.positive_int, default=65536, help="negatives (default %(default)s)")

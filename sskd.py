@@ -298,7 +298,7 @@ def parse_args():
     add("--teacher", help="file of a labelled network, a checkpoint of --train-teacher or a released one, or "
         "torchvision, its labelled weights of --teacher-arch")  # fmt: skip
     add("--teacher-arch", help="the teacher's network (default: read from its file)")
-    add("--student", help="network, any of torchvision's or of CIFAR's")
+    add("--student", help="network, any of torchvision's or of CIFAR's (common.CIFAR_NETWORKS)")
     add("--ce-weight", type=common.number(float, 0), default=0.1, help="of the labels (default %(default)s, or 1 with "
         "--train-teacher)")  # fmt: skip
     add("--kd-weight", type=common.number(float, 0), default=0.9, help="of distillation (default %(default)s)")
