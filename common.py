@@ -1305,7 +1305,8 @@ LAYOUTS = (
     Layout("moco_v2.py", "encoder.head.", "encoder.backbone.", "encoder.head.", ANY),
     Layout("disco.py, seed.py", "student.head.", "student.backbone.", "student.head.", ANY),
     Layout("sskd.py", "student.classifier.", "student.backbone.", None, ANY, "student.classifier."),
-    Layout("MoCo v1 and v2", "encoder_q.", "encoder_q.", "encoder_q.fc.", ("encoder_k.", "queue")),
+    Layout("MoCo v1 and v2, DisCo", "encoder_q.", "encoder_q.", "encoder_q.fc.", ("encoder_k.", "teacher.", "queue")),
+    Layout("SEED", "student.fc.", "student.", "student.fc.", ("teacher.", "queue", "small_queue")),
     Layout("SwAV, DeepCluster-v2, SeLa-v2", "projection_head.", "", "projection_head.", ("prototypes.",)),
     Layout("DINO", "head.mlp.", "backbone.", "head.mlp.", ("head.last_layer.",), None, nn.GELU),
     Layout("SSKD's students", "proj_head.", "backbone.", None, ("proj_head.",)),
@@ -1400,8 +1401,8 @@ def split_state(path, checkpoint):
             state = state[wrapper]
     if not isinstance(state, dict) or not any(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{path} holds no network's weights")
-    # "module." is DataParallel's, whatever the layout
-    state = {str(k).removeprefix("module."): v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    # "module." is DataParallel's, whatever the layout, and some nested it
+    state = {re.sub(r"^(module\.)+", "", str(k)): v for k, v in state.items() if isinstance(v, torch.Tensor)}
     layout = next(layout for layout in LAYOUTS if any(key.startswith(layout.mark) for key in state))
 
     def take(prefix):

@@ -467,10 +467,15 @@ def prefixed(prefix, module):
     return {prefix + key: value for key, value in module.state_dict().items()}
 
 
-@pytest.mark.parametrize("method", ["dino", "dino under DDP", "simclr"])
+@pytest.mark.parametrize("method", ["dino", "dino under DDP", "simclr", "disco", "seed"])
 def test_whole_checkpoints_give_the_embedding_of_their_head(method, tmp_path):
     backbone, images = common.build_backbone("resnet18").eval(), torch.randn(2, 3, 64, 64)
-    if method == "simclr":
+    if method in ("disco", "seed"):  # their students, beside their teachers
+        head, own = head_of((512, 64), nn.ReLU(), (64, 32)), "encoder_q." if method == "disco" else "student."
+        state = {**prefixed(f"module.{own}", backbone), **prefixed(f"module.{own}fc.", head)}
+        state |= {**prefixed("module.teacher.", backbone), "module.queue": torch.zeros(32, 5)}
+        content = {"epoch": 200, "arch": "resnet18", "state_dict": state, "optimizer": {}}
+    elif method == "simclr":
         head = head_of((512, 512), nn.ReLU(), (512, 128))
         state = {**prefixed("backbone.", backbone), **prefixed("backbone.fc.", head)}
         content = {"epoch": 100, "arch": "resnet18", "state_dict": state, "optimizer": {}}
@@ -546,7 +551,7 @@ def test_a_key_that_belongs_to_no_part_is_refused(tmp_path):
     network = torchvision.models.resnet18(num_classes=32)
     state = prefixed("module.encoder_q.", network) | {"module.encoder_x.weight": torch.zeros(2)}
     torch.save({"state_dict": state}, tmp_path / "teacher.pth")
-    with pytest.raises(common.UserError, match=r"MoCo v1 and v2 files have no encoder_x.weight"):
+    with pytest.raises(common.UserError, match=r"MoCo v1 and v2, DisCo files have no encoder_x.weight"):
         common.load_teacher(tmp_path / "teacher.pth")
 
 
