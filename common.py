@@ -474,12 +474,47 @@ def load_labelled(data, data_root, device, image_size=None):
 
 def few_labels(dataset, fraction, seed):
     """The part of a data set that holds `fraction` of each class's images, at least one, picked by the seed."""
+    if fraction == 1:
+        return dataset
     labels = dataset.labels.cpu().numpy()
     order = np.random.default_rng([seed, 2006]).permutation(len(labels))
     order = order[np.argsort(labels[order], kind="stable")]
     counts = np.bincount(labels)
     place = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)  # within the class
-    kept = np.sort(order[place < np.maximum(1, np.rint(fraction * counts)).repeat(counts)])
+    return subset(dataset, np.sort(order[place < np.maximum(1, np.rint(fraction * counts)).repeat(counts)]))
+
+
+def readable(dataset):
+    """Numbers of the images of a data set that could be read so far, an array: those that features have rows for."""
+    if dataset.in_memory or not FolderDataset.unreadable:
+        return np.arange(len(dataset))
+    unreadable = {os.fsencode(path) for path in FolderDataset.unreadable}
+    return np.array([number for number, path in enumerate(dataset.paths) if path not in unreadable])
+
+
+def listed_images(dataset, path):
+    """The part of a folder that a text file names, a line an image: its file name, as in SimCLR's lists, or its path.
+
+    Raises UserError for a set in memory and for a name that is not there.
+    """
+    if dataset.in_memory:
+        raise UserError(f"--label-list {path} names files, but --data has none: pass a folder, or --label-fraction")
+    try:
+        names = Path(path).read_text().split()
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read --label-list {path} ({error})") from None
+    places = {}
+    for number, file in enumerate(map(os.fsdecode, dataset.paths)):
+        places[Path(file).name] = places["/".join(Path(file).parts[-2:])] = number
+    absent = [name for name in names if name not in places]
+    if absent or not names:
+        raise UserError(f"--label-list {path} names {absent[0] if absent else 'no image'}, which the training images "
+                        "do not have")  # fmt: skip
+    return subset(dataset, np.unique([places[name] for name in names]))
+
+
+def subset(dataset, kept):
+    """A data set of the images with the numbers `kept`, an array."""
     part = copy.copy(dataset)
     for name in ("images", "paths", "labels"):
         if hasattr(dataset, name):
@@ -1390,6 +1425,9 @@ def load_backbone(path, arch):
     arch = arch or told or recognize(path, state, image_size)
     backbone = build_backbone(arch, image_size)
     load_exactly(backbone, without_classifier(state, backbone), f"{path} as {arch}")
+    size = checkpoint.get("image_size") if isinstance(checkpoint, dict) else None
+    cifar = arch not in torchvision.models.list_models() and arch not in WIDENED
+    backbone.image_size = size if isinstance(size, int) else 32 if cifar else image_size
     return parts._replace(backbone=backbone, classifier=parts.classifier or own_classifier(state, backbone))
 
 
@@ -1544,27 +1582,46 @@ def extract_features(encoder, dataset, image_size, batch_size, workers, device):
     return features[labels >= 0], labels[labels >= 0]
 
 
-@torch.no_grad()
-def knn_accuracy(train_features, train_labels, features, labels, ks, num_classes, temperature=None):
-    """Accuracy in percent of a vote of the k training images with the highest cosine similarity, for every k: a dict.
+KNN_BLOCK = 2**27  # similarities held at a time, half a gigabyte
 
-    A vote counts 1, or exp(similarity / temperature) where a temperature is given (Wu et al., 2018). Ties go to the
-    class of the lower number. train_features: (N, D), features: (M, D), the same on every process; labels: integers
-    below num_classes. The processes share the queries.
+
+@torch.no_grad()
+def nearest_neighbours(train_features, features, k):
+    """The k training images with the highest cosine similarity, nearest first: similarities and numbers, (M, k) each.
+
+    train_features: (N, D), features: (M, D). Besides them no more than about a gigabyte is held at any size.
     """
-    train_features, features = F.normalize(train_features, dim=1), F.normalize(features, dim=1)
-    share, correct = slice(rank(), None, world_size()), torch.zeros(len(ks), device=features.device)
-    chunk = max(1, 2**26 // len(train_features))  # a quarter of a gigabyte of similarities at a time
-    for query, target in zip(features[share].split(chunk), labels[share].split(chunk), strict=True):
-        similarity, nearest = (query @ train_features.T).topk(max(ks), dim=1)
-        weight = torch.ones_like(similarity) if temperature is None else (similarity / temperature).exp()
+    norms = train_features.norm(dim=1).clamp(min=1e-12)  # one number an image; a normalised copy would be all again
+    parts = []
+    for queries in F.normalize(features, dim=1).split(max(1, KNN_BLOCK // len(train_features))):
+        parts.append((queries @ train_features.T).div_(norms).topk(k, dim=1))
+    return (torch.cat(part) for part in zip(*parts, strict=True))
+
+
+@torch.no_grad()
+def knn_accuracy(train_features, train_labels, features, labels, ks, num_classes, temperatures=(None,)):
+    """Accuracy in percent of a vote of the k nearest training images, for each temperature and k: a list of dicts.
+
+    A vote counts 1, or exp(similarity / temperature) where there is a temperature (Wu et al., 2018). Ties go to the
+    class of the lower number. Features as in `nearest_neighbours`, the same on every process; labels: integers below
+    num_classes. The processes share the queries.
+    """
+    share = slice(rank(), None, world_size())
+    correct = torch.zeros(len(temperatures), len(ks), dtype=torch.long, device=features.device)
+    for query, target in zip(features[share].split(2**15), labels[share].split(2**15), strict=True):
+        similarity, nearest = nearest_neighbours(train_features, query, max(ks))
         neighbours = train_labels[nearest]
-        for i, k in enumerate(ks):
-            votes = query.new_zeros(len(query), num_classes).scatter_add_(1, neighbours[:, :k], weight[:, :k])
-            correct[i] += (votes.argmax(dim=1) == target).sum()
+        for row, temperature in zip(correct, temperatures, strict=True):
+            weight = torch.ones_like(similarity) if temperature is None else (similarity / temperature).exp()
+            for i, k in enumerate(ks):
+                for part in range(0, len(query), 2**10):  # votes of a thousand classes are large, too
+                    rows = slice(part, part + 2**10)
+                    votes = weight.new_zeros(len(query[rows]), num_classes)
+                    votes.scatter_add_(1, neighbours[rows, :k], weight[rows, :k])
+                    row[i] += (votes.argmax(dim=1) == target[rows]).sum()
     if world_size() > 1:
         dist.all_reduce(correct)
-    return {k: 100 * value / len(features) for k, value in zip(ks, correct.tolist(), strict=True)}
+    return [{k: 100 * count / len(features) for k, count in zip(ks, row, strict=True)} for row in correct.tolist()]
 
 
 class KnnProbe:
@@ -1578,7 +1635,7 @@ class KnnProbe:
         """{"knn": accuracy in percent} of an Encoder's features."""
         train, val = (extract_features(encoder, dataset, *self.options) for dataset in self.sets)
         k = min(20, len(train[0]))
-        return {"knn": knn_accuracy(*train, *val, [k], self.sets[0].num_classes)[k]}
+        return {"knn": knn_accuracy(*train, *val, [k], self.sets[0].num_classes)[0][k]}
 
 
 # ----------------------------------------------------------------------------------------------------------------- Runs
@@ -1941,6 +1998,7 @@ class Run:
         """Write a JSON file into the folder."""
         if rank() == 0:
             text = json.dumps(content, indent=2) + "\n"
+            text = re.sub(r"\[\s+([^][{}]*?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text)
             write_file(self.folder / name, lambda file: file.write(text.encode()))
 
 

@@ -170,8 +170,7 @@ def main():
     args = parse_args()
     device = common.init_device(args.seed)
     train, val, size = common.load_labelled(args.data, args.data_root, device, args.image_size)
-    if args.label_fraction < 1:
-        train = common.few_labels(train, args.label_fraction, args.seed)
+    train = common.few_labels(train, args.label_fraction, args.seed)
     if args.label_noise:
         train.labels = noisy_labels(train.labels, train.num_classes, args.label_noise, args.seed)
 

@@ -9,6 +9,8 @@
                  (a copy of the queue, then the temperature over (N, 1 + K) similarities).
     SSKD         a whole training step with its data on two cores, images a second, against the same networks and losses
                  behind the released code's input: flip, turns and padded crops image by image in PIL, two workers.
+    Verdict      a probe of eight learning rates against one of one, images behind a frozen network; time and memory of
+                 k-NN votes beside the features they look at.
     Saving       the pause of a checkpoint of MoCo v2 with ResNet-50 and a queue of 65536, and what it adds to a run.
     Tracking     what counting a step costs: the log, the question whether to save or to stop.
 
@@ -33,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import common
 from disco import DisCo
+from linear_eval import Probe, frozen_batches
 from moco_v2 import MoCo
 from seed import seed_loss
 from sskd import SSKD
@@ -236,6 +239,49 @@ def sskd_step(teacher, student, steps=20, batch_size=64):
               f"{count / other:.0f}, {1 / ratio:.2f} times as fast")  # fmt: skip
 
 
+def probe_rates(arch="resnet18", size=96, batch_size=64, steps=4, classes=1000):
+    """Print the time of a linear probe of eight learning rates over that of one."""
+    torch.set_num_threads(1)
+    drawn, _ = common.load_dataset(f"shapes:{steps * batch_size}", None, "train", CPU, size)
+    encoder = common.Encoder(common.build_backbone(arch, size), torch.nn.Identity()).eval()
+    view = common.View(size, scale=(0.08, 1.0), color=False)
+    loader = common.Loader(drawn, [view], batch_size, 0, 0, CPU)
+
+    def probing(rates):
+        probe = Probe(encoder.backbone.feature_dim, classes, rates)
+        optimizer = torch.optim.SGD(probe.parameters(), 1.0, momentum=0.9, fused=True)
+
+        def train():
+            for features, labels in frozen_batches(encoder, loader, 0, steps):
+                losses = [torch.nn.functional.cross_entropy(logits, labels) for logits in probe(features)]
+                optimizer.zero_grad()
+                torch.stack(losses).sum().backward()
+                optimizer.step()
+
+        return train
+
+    eight, one, ratio = pairs(probing(8), probing(1))
+    print(f"linear probe, {arch}, {size} pixels, {classes} classes: eight rates {1e3 * eight / steps:.0f} ms a step, one "
+          f"{1e3 * one / steps:.0f} ms, ratio {ratio:.3f}")  # fmt: skip
+
+
+def knn_memory(images, dim, queries):
+    """Memory in MiB that votes of 200 neighbours add to the features, and seconds, in a fresh process."""
+    train, labels = torch.randn(images, dim), torch.randint(1000, (images,))
+    query, target = torch.randn(queries, dim), torch.randint(1000, (queries,))
+    before, start = peak_memory(), time.perf_counter()
+    common.knn_accuracy(train, labels, query, target, [10, 20, 200], 1000, (None, 0.07))
+    return peak_memory() - before, time.perf_counter() - start
+
+
+def knn(images=640_000, dim=256, queries=1000):
+    """Print memory and time of k-NN at half of ImageNet's number of images and an eighth of its dimensions."""
+    with torch.multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        memory, seconds = pool.apply(knn_memory, (images, dim, queries))
+    print(f"k-NN, {images} images of {dim} dimensions, {queries} queries: {memory:.0f} MiB beside the features' "
+          f"{images * dim / 2**18:.0f} MiB, {seconds:.1f} s")  # fmt: skip
+
+
 def saving(folder):
     """Print the pause of a checkpoint on the disk of `folder`, and the cost of tracking a step."""
     backbone = common.build_backbone("resnet50")
@@ -276,6 +322,8 @@ def main():
     input_path("in memory, 32 pixels", drawn, 32, lambda: map(Image.fromarray, arrays))
     step("efficientnet_b0", 224, 16, 65536)
     step("resnet8", 32, 128, 4096)
+    probe_rates()
+    knn()
     sskd_step("resnet20", "resnet8")
     sskd_step("wrn_40_2", "wrn_16_2", steps=4)
     seed_queue()  # last: it changes how the processor treats very small numbers

@@ -625,7 +625,7 @@ def test_features_are_complete_and_in_order_on_any_number_of_processes(tmp_path)
 
 
 @pytest.mark.parametrize("temperature", [None, 0.07])
-def test_knn_counts_votes_as_written_out(temperature):
+def test_knn_counts_votes_as_written_out(temperature, monkeypatch):
     torch.manual_seed(0)
     train, train_labels = torch.randn(50, 4), torch.randint(5, (50,))
     query, labels = torch.randn(30, 4), torch.randint(5, (30,))
@@ -637,5 +637,7 @@ def test_knn_counts_votes_as_written_out(temperature):
             for j in similarity.argsort(descending=True)[:k].tolist():
                 votes[train_labels[j]] += 1 if temperature is None else np.exp(similarity[j].item() / temperature)
             right[k] += votes.index(max(votes)) == label.item()
-    ours = common.knn_accuracy(train, train_labels, query, labels, [1, 7, 50], 5, temperature)
-    assert ours == pytest.approx({k: 100 * n / 30 for k, n in right.items()})
+    for block in (common.KNN_BLOCK, 200):  # all at once, and four queries at a time
+        monkeypatch.setattr(common, "KNN_BLOCK", block)
+        _, ours = common.knn_accuracy(train, train_labels, query, labels, [1, 7, 50], 5, [1.0, temperature])
+        assert ours == pytest.approx({k: 100 * n / 30 for k, n in right.items()})

@@ -46,6 +46,7 @@ def folder(tmp_path, monkeypatch, image_folder, teacher_file, vgg8_file):
     torch.save(common.build_classifier("resnet8", 7).plain().state_dict(), tmp_path / "seven.pth")
     (tmp_path / "vgg8.pth").symlink_to(vgg8_file)
     (tmp_path / "file").write_text("")
+    (tmp_path / "names.txt").write_text("0.jpg\nn1_7.JPEG\n")
     (tmp_path / "torn_run").mkdir()
     (tmp_path / "torn_run" / "config.json").write_text("{")
     (tmp_path / "other_run").mkdir()
@@ -129,6 +130,14 @@ MISTAKES = {
     f"{EVAL} --weights missing.pth": ["missing.pth"],
     f"{EVAL} --weights random": ["random", "--arch"],
     f"{EVAL} --weights torchvision --arch resnet8": ["resnet8"],
+    f"{EVAL} --weights teacher.pth --finetune --lr 1 3": ["--finetune", "one --lr"],
+    f"{EVAL} --weights teacher.pth --finetune --cached": ["--finetune", "--cached"],
+    f"{EVAL} --weights teacher.pth --schedule cosine": ["--schedule", "cosine", "halvings"],
+    f"{EVAL} --weights teacher.pth --label-list names.txt": ["names.txt", "--label-fraction"],
+    f"{EVAL} --weights teacher.pth --data images --label-list file": ["--label-list file", "no image"],
+    f"{EVAL} --weights teacher.pth --data images --label-list names.txt": ["names.txt", "n1_7.JPEG"],
+    f"{EVAL} --weights teacher.pth --data images --label-list missing.txt": ["missing.txt"],
+    f"{EVAL} --weights vgg8.pth --image-size 4": ["vgg8.pth", "4 pixels", "--image-size"],
     f"{EVAL} --weights teacher.pth --knn 200": ["--knn 200", "64"],
     f"{EVAL} --weights teacher.pth --batch-size 100": ["--batch-size 100"],
     f"{EVAL} --weights teacher.pth --data mixed": ["mixed", "different classes", "bee"],

@@ -212,6 +212,7 @@ def test_three_stages_go_on_with_the_same_bits_and_give_a_plain_network(tmp_path
     for stop in (2, 6, 8, 12):  # inside the head's epochs, between the stages, inside the student's
         run(f"{line} --out {tmp_path}/parts --max-steps {stop}")
         parts = capsys.readouterr().out
+        assert torch.load(tmp_path / "parts" / "checkpoint.pth", weights_only=True)["step"] == stop
     assert whole.splitlines()[-1] == parts.splitlines()[-1] and "validation images" in whole
     first, second = (torch.load(tmp_path / f / "checkpoint.pth", weights_only=True) for f in ("whole", "parts"))
     assert first["step"] == second["step"] == 12
