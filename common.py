@@ -5,9 +5,9 @@ Sections, in the order of an experiment:
     Processes       torchrun's environment, collectives, how a user's mistake ends
     Command line    the words that mean the same in every script
     Data            a folder in ImageNet's layout, torchvision's small sets, drawn shapes
-    Augmentation    MoCo v2's random views: geometry where the images are, colour on the device over the batch
+    Augmentation    random views: geometry where the images are, colour, rotations and padded crops on the device
     Loading         batches that are the same for any number of processes and workers
-    Networks        torchvision's networks and CIFAR ResNets as backbones, heads, teacher files
+    Networks        torchvision's and CIFAR's networks, heads, files of teachers and labelled networks
     Evaluation      features of a frozen backbone, k-NN
     Runs            a run's folder: configuration, log, pictures, checkpoints, resume
 """

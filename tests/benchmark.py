@@ -261,8 +261,8 @@ def probe_rates(arch="resnet18", size=96, batch_size=64, steps=4, classes=1000):
         return train
 
     eight, one, ratio = pairs(probing(8), probing(1))
-    print(f"linear probe, {arch}, {size} pixels, {classes} classes: eight rates {1e3 * eight / steps:.0f} ms a step, one "
-          f"{1e3 * one / steps:.0f} ms, ratio {ratio:.3f}")  # fmt: skip
+    print(f"linear probe, {arch}, {size} pixels, {classes} classes: eight rates {1e3 * eight / steps:.0f} ms a step, "
+          f"one {1e3 * one / steps:.0f} ms, ratio {ratio:.3f}")  # fmt: skip
 
 
 def knn_memory(images, dim, queries):
