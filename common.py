@@ -1598,30 +1598,34 @@ def nearest_neighbours(train_features, features, k):
     return (torch.cat(part) for part in zip(*parts, strict=True))
 
 
-@torch.no_grad()
-def knn_accuracy(train_features, train_labels, features, labels, ks, num_classes, temperatures=(None,)):
-    """Accuracy in percent of a vote of the k nearest training images, for each temperature and k: a list of dicts.
+def knn_accuracy(train_features, train_labels, features, labels, ks, num_classes, temperature=None):
+    """Accuracy in percent of a vote of the k nearest training images, for every k: a dict.
 
     A vote counts 1, or exp(similarity / temperature) where there is a temperature (Wu et al., 2018). Ties go to the
     class of the lower number. Features as in `nearest_neighbours`, the same on every process; labels: integers below
     num_classes. The processes share the queries.
     """
     share = slice(rank(), None, world_size())
-    correct = torch.zeros(len(temperatures), len(ks), dtype=torch.long, device=features.device)
-    for query, target in zip(features[share].split(2**15), labels[share].split(2**15), strict=True):
-        similarity, nearest = nearest_neighbours(train_features, query, max(ks))
-        neighbours = train_labels[nearest]
-        for row, temperature in zip(correct, temperatures, strict=True):
-            weight = torch.ones_like(similarity) if temperature is None else (similarity / temperature).exp()
-            for i, k in enumerate(ks):
-                for part in range(0, len(query), 2**10):  # votes of a thousand classes are large, too
-                    rows = slice(part, part + 2**10)
-                    votes = weight.new_zeros(len(query[rows]), num_classes)
-                    votes.scatter_add_(1, neighbours[rows, :k], weight[rows, :k])
-                    row[i] += (votes.argmax(dim=1) == target[rows]).sum()
+    similarity, nearest = nearest_neighbours(train_features, features[share], max(ks))
+    return vote(similarity, train_labels[nearest], labels[share], ks, num_classes, temperature)
+
+
+@torch.no_grad()
+def vote(similarity, neighbours, labels, ks, num_classes, temperature=None):
+    """The same from this process's part of the queries: similarities and labels of their neighbours, nearest first."""
+    correct = torch.zeros(len(ks) + 1, dtype=torch.long, device=labels.device)
+    correct[-1] = len(labels)
+    for similar, near, target in zip(
+        similarity.split(2**10), neighbours.split(2**10), labels.split(2**10), strict=True
+    ):
+        weight = torch.ones_like(similar) if temperature is None else (similar / temperature).exp()
+        for i, k in enumerate(ks):
+            votes = weight.new_zeros(len(near), num_classes).scatter_add_(1, near[:, :k], weight[:, :k])
+            correct[i] += (votes.argmax(dim=1) == target).sum()
     if world_size() > 1:
         dist.all_reduce(correct)
-    return [{k: 100 * count / len(features) for k, count in zip(ks, row, strict=True)} for row in correct.tolist()]
+    *correct, count = correct.tolist()
+    return {k: 100 * right / count for k, right in zip(ks, correct, strict=True)}
 
 
 class KnnProbe:
@@ -1635,7 +1639,7 @@ class KnnProbe:
         """{"knn": accuracy in percent} of an Encoder's features."""
         train, val = (extract_features(encoder, dataset, *self.options) for dataset in self.sets)
         k = min(20, len(train[0]))
-        return {"knn": knn_accuracy(*train, *val, [k], self.sets[0].num_classes)[0][k]}
+        return {"knn": knn_accuracy(*train, *val, [k], self.sets[0].num_classes)[k]}
 
 
 # ----------------------------------------------------------------------------------------------------------------- Runs

@@ -130,14 +130,13 @@ def main():
         clock = [time.perf_counter()]
         train_set, val_set = features_of(args, run, name, encoder, (train, val), size, device)
         clock.append(time.perf_counter())
-        votes = common.knn_accuracy(*train_set, *val_set, args.knn, train.num_classes, (None, args.knn_temperature))
+        votes = k_nearest(args, train_set, val_set, train.num_classes)
         draw_neighbours(run, f"neighbors{number if number > 1 else ''}.png", train, val, train_set, val_set, size)
         clock.append(time.perf_counter())
         result = {
             "parameters": sum(p.numel() for p in encoder.backbone.parameters()),
             "feature_dim": encoder.backbone.feature_dim,
-            "knn": {str(k): accuracy for k, accuracy in votes[0].items()},
-            "knn_weighted": {str(k): accuracy for k, accuracy in votes[1].items()},
+            **votes,
         }
         if args.finetune:
             result["finetune"] = fine_tune(args, run, name, encoder, train, val, loader, size, device)
@@ -146,8 +145,7 @@ def main():
         clock.append(time.perf_counter())
         seconds = dict(zip(("features", "knn", "training"), np.diff(clock).round(1).tolist(), strict=True))
         results[name] = result
-        told = {part: values for part, values in result.items() if part in ("knn", "knn_weighted")}
-        run.log({"weights": name, "step": args.epochs * len(loader), **told, "seconds": seconds})
+        run.log({"weights": name, "step": args.epochs * len(loader), **votes, "seconds": seconds})
         run.write("eval.json", results)
     if common.rank() == 0:
         print_table(results, args.knn)
@@ -177,6 +175,18 @@ def features_of(args, run, name, encoder, datasets, size, device):
     if args.cached and common.rank() == 0:
         common.write_file(path, lambda file: torch.save(features, file))
     return features
+
+
+def k_nearest(args, train_set, val_set, num_classes):
+    """Accuracies in percent of plain and of weighted votes, for every k of --knn; the processes share the queries."""
+    features, labels = (part[common.rank() :: common.world_size()] for part in val_set)
+    similarity, nearest = common.nearest_neighbours(train_set[0], features, max(args.knn))
+    neighbours = train_set[1][nearest]
+    accuracies = {}
+    for name, temperature in (("knn", None), ("knn_weighted", args.knn_temperature)):
+        by_k = common.vote(similarity, neighbours, labels, args.knn, num_classes, temperature)
+        accuracies[name] = {str(k): accuracy for k, accuracy in by_k.items()}
+    return accuracies
 
 
 def probe(args, run, name, encoder, train, loader, train_set, val_set, device):

@@ -270,7 +270,7 @@ def knn_memory(images, dim, queries):
     train, labels = torch.randn(images, dim), torch.randint(1000, (images,))
     query, target = torch.randn(queries, dim), torch.randint(1000, (queries,))
     before, start = peak_memory(), time.perf_counter()
-    common.knn_accuracy(train, labels, query, target, [10, 20, 200], 1000, (None, 0.07))
+    common.knn_accuracy(train, labels, query, target, [10, 20, 200], 1000, 0.07)
     return peak_memory() - before, time.perf_counter() - start
 
 

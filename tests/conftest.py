@@ -187,24 +187,30 @@ def on_processes(processes, function, tmp_path, *args):
     return [torch.load(tmp_path / f"{rank}.pth") for rank in range(processes)]
 
 
-def assert_processes_agree(function, training, tmp_path):
+def both_modes(function):
+    return {training: function(training) for training in (False, True)}
+
+
+def assert_processes_agree(function, tmp_path):
     """function(training) gives losses and a state dict: equal on two processes, BatchNorm's statistics aside.
 
     In eval mode they are those of one process too; in train mode BatchNorm sees other companions, so that they are not.
     """
-    (history, state), (other_history, other_state) = on_processes(2, function, tmp_path, training)
-    assert history == other_history
-    names = [name for name in state if "running" not in name]
-    for name in names:
-        torch.testing.assert_close(state[name], other_state[name], rtol=0, atol=0)
-    alone, alone_state = function(training)
-    if training:
-        assert history != alone
-        return
-    for step, alone_step in zip(history, alone, strict=True):
-        assert step == pytest.approx(alone_step, rel=1e-5)
-    for name in names:
-        torch.testing.assert_close(state[name], alone_state[name], rtol=1e-4, atol=1e-5)
+    one, other = on_processes(2, both_modes, tmp_path, function)
+    for training, (history, state) in one.items():
+        other_history, other_state = other[training]
+        assert history == other_history
+        names = [name for name in state if "running" not in name]
+        for name in names:
+            torch.testing.assert_close(state[name], other_state[name], rtol=0, atol=0)
+        alone, alone_state = function(training)
+        if training:
+            assert history != alone
+            continue
+        for step, alone_step in zip(history, alone, strict=True):
+            assert step == pytest.approx(alone_step, rel=1e-5)
+        for name in names:
+            torch.testing.assert_close(state[name], alone_state[name], rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture(scope="session")

@@ -133,7 +133,7 @@ def test_padded_crops_are_torchvisions():
         torch.testing.assert_close(ours, TF.crop(TF.pad(image, [2]), top, left, 6, 7), rtol=0, atol=0)
 
 
-def padded_and_rotated(_):
+def padded_and_rotated():
     """Two batches of four rotations each, as bytes, with every image's number as its label."""
     images = torch.randint(0, 256, (40, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     dataset = common.ArrayDataset(images, torch.arange(40), 40, torch.device("cpu"), ((0, 0, 0), (1, 1, 1)))
@@ -143,7 +143,7 @@ def padded_and_rotated(_):
 
 
 def test_rotations_share_the_flip_and_each_has_its_own_crop():
-    images, batches = padded_and_rotated(None)
+    images, batches = padded_and_rotated()
     flips, offsets = [], []
     for rows, labels in batches:
         for row, label in zip(rows.unflatten(0, (-1, 4)), labels, strict=True):
@@ -161,12 +161,10 @@ def test_rotations_share_the_flip_and_each_has_its_own_crop():
     assert any(len(set(offsets[i : i + 4])) > 1 for i in range(0, len(offsets), 4))
 
 
-def test_rotations_are_the_same_for_any_number_of_processes(tmp_path):
-    _, alone = padded_and_rotated(None)
-    shares = on_processes(2, padded_and_rotated, tmp_path, None)
-    for step, (rows, labels) in enumerate(alone):
-        assert torch.equal(rows, torch.cat([share[1][step][0] for share in shares]))
-        assert torch.equal(labels, torch.cat([share[1][step][1] for share in shares]))
+def test_rotations_are_the_same_for_any_number_of_processes(on_two):
+    for step, (rows, labels) in enumerate(padded_and_rotated()[1]):
+        assert torch.equal(rows, torch.cat([results["rotations"][step][0] for results in on_two]))
+        assert torch.equal(labels, torch.cat([results["rotations"][step][1] for results in on_two]))
 
 
 # ----------------------------------------------------------------------------------------------------------------- Data
@@ -200,17 +198,33 @@ def loaded_folder(root):
     return loaded(common.FolderDataset(root / "train"), 4, workers=common.rank())
 
 
-def loaded_shapes(root):
+def loaded_shapes():
     return loaded(common.load_dataset("shapes:48", None, "train", CPU)[0], 12)
 
 
-@pytest.mark.parametrize("function, folder", [
-    (loaded_folder, "image_folder"), (loaded_folder, "broken_folder"), (loaded_shapes, "image_folder"),
-])  # fmt: skip
-def test_images_are_the_same_for_any_number_of_processes_and_workers(function, folder, request, tmp_path):
-    root = request.getfixturevalue(folder)
-    alone, labels = function(root)
-    parts = on_processes(2, function, tmp_path, root)
+def results_of_a_process(image_folder, broken_folder):
+    """What the tests below compare, from one process: two of them are started once for all these tests."""
+    return {
+        "files": loaded_folder(image_folder),
+        "broken files": loaded_folder(broken_folder),
+        "shapes": loaded_shapes(),
+        "rotations": padded_and_rotated()[1],
+        "dealt": dealt(),
+        "own statistics": features_after_own_batches(),
+        "features": features_of_shapes(),
+    }
+
+
+@pytest.fixture(scope="module")
+def on_two(tmp_path_factory, image_folder, broken_folder):
+    return on_processes(2, results_of_a_process, tmp_path_factory.mktemp("on_two"), image_folder, broken_folder)
+
+
+@pytest.mark.parametrize("name", ["files", "broken files", "shapes"])
+def test_images_are_the_same_for_any_number_of_processes_and_workers(name, on_two, image_folder, broken_folder):
+    folders = {"files": image_folder, "broken files": broken_folder}
+    alone, labels = loaded_folder(folders[name]) if name in folders else loaded_shapes()
+    parts = [results[name] for results in on_two]
     for i in (0, 1):  # step by step, the two shares make the batch
         steps = [torch.cat(shares) for shares in zip(*(views[i].chunk(3) for views, _ in parts), strict=True)]
         torch.testing.assert_close(torch.cat(steps), alone[i], rtol=0, atol=1e-5)
@@ -586,8 +600,8 @@ def dealt():
     return common.gather(x), common.shuffle(x), common.unshuffle(common.shuffle(x))
 
 
-def test_shuffle_deals_the_batch_out_and_back(tmp_path):
-    (everything, first, back), (everything1, second, back1) = on_processes(2, dealt, tmp_path)
+def test_shuffle_deals_the_batch_out_and_back(on_two):
+    (everything, first, back), (everything1, second, back1) = (results["dealt"] for results in on_two)
     assert torch.equal(everything, everything1) and everything[:, 0].tolist() == [0, 2, 4, 10, 12, 14]
     assert first[:, 0].tolist() == [0, 4, 12] and second[:, 0].tolist() == [2, 10, 14]
     assert torch.equal(back, everything) and torch.equal(back1, everything)
@@ -602,10 +616,10 @@ def features_after_own_batches():
     return common.extract_features(encoder, dataset, size, 100, 0, CPU)[0][-50:]  # the last process does these
 
 
-def test_features_are_by_the_statistics_of_rank_0(tmp_path):
+def test_features_are_by_the_statistics_of_rank_0(on_two):
     alone = features_after_own_batches()
-    for features in on_processes(2, features_after_own_batches, tmp_path):
-        torch.testing.assert_close(features, alone)
+    for results in on_two:
+        torch.testing.assert_close(results["own statistics"], alone)
 
 
 def features_of_shapes():
@@ -616,10 +630,10 @@ def features_of_shapes():
     return features, labels, encoder.training
 
 
-def test_features_are_complete_and_in_order_on_any_number_of_processes(tmp_path):
+def test_features_are_complete_and_in_order_on_any_number_of_processes(on_two):
     alone, labels, training = features_of_shapes()
     assert alone.shape == (37, 64) and torch.equal(labels, common.draw_shapes(37, 32, 0)[1]) and training
-    for features, same_labels, _ in on_processes(2, features_of_shapes, tmp_path):
+    for features, same_labels, _ in (results["features"] for results in on_two):
         torch.testing.assert_close(features, alone, rtol=1e-5, atol=1e-6)
         assert torch.equal(labels, same_labels)
 
@@ -639,5 +653,5 @@ def test_knn_counts_votes_as_written_out(temperature, monkeypatch):
             right[k] += votes.index(max(votes)) == label.item()
     for block in (common.KNN_BLOCK, 200):  # all at once, and four queries at a time
         monkeypatch.setattr(common, "KNN_BLOCK", block)
-        _, ours = common.knn_accuracy(train, train_labels, query, labels, [1, 7, 50], 5, [1.0, temperature])
+        ours = common.knn_accuracy(train, train_labels, query, labels, [1, 7, 50], 5, temperature)
         assert ours == pytest.approx({k: 100 * n / 30 for k, n in right.items()})

@@ -126,17 +126,17 @@ def test_features_separate_what_they_should(tmp_path):
     assert result["linear"]["top1"] == result["linear"]["top5"] == result["knn"]["5"] == 100
 
 
-def test_released_teacher_on_jpeg_files(tmp_path, image_folder, released_file):
+def test_released_teacher_on_jpeg_files(tmp_path, image_folder, released_file, capsys):
     """A released file, on a folder: crops and flips anew each epoch; stopped and resumed, the result is the same."""
     line = (
         f"linear_eval.py --data {image_folder} --image-size 40 --weights {released_file} --workers 1 "
         "--knn 3 --epochs 4 --batch-size 8 --lr 0.1 --out "
     )
-    run_script(f"{line} {tmp_path}/whole")
-    run_script(f"{line} {tmp_path}/parts --max-steps 3")
+    run(f"{line} {tmp_path}/whole")
+    run(f"{line} {tmp_path}/parts --max-steps 3")
     (tmp_path / "parts" / "eval.json").unlink()
-    again = run_script(f"{line} {tmp_path}/parts")
-    assert "going on from step 3" in again.stderr
+    run(f"{line} {tmp_path}/parts")
+    assert "going on from step 3" in capsys.readouterr().err
     first, second = (json.loads((tmp_path / f / "eval.json").read_text()) for f in ("whole", "parts"))
     assert first == second
 
