@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 import common
 
+torch.set_num_threads(1)  # tests run side by side
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
 
