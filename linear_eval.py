@@ -6,7 +6,8 @@ a learning rate of 30 for ResNets and 3 for other networks; here several are pro
 features. With --cached the features of centre crops are computed once and all epochs are trained on them.
 k-NN: a vote of the k nearest training images by cosine similarity (SEED: k = 10), plain and weighted.
 Fine-tuning (--finetune): the network itself is trained, at a rate of its own. A part of the labels makes either of them
-the papers' semi-supervised test; another data set makes it their transfer test.
+the papers' semi-supervised test; another data set makes it their transfer test. Without --image-size, images come at
+the size that a checkpoint tells, at 32 pixels for networks made for those, at 224 for others.
 
     torchrun --nproc_per_node=8 linear_eval.py --weights runs/disco/backbone.pth
     torchrun --nproc_per_node=8 linear_eval.py --weights runs/disco/backbone.pth --label-fraction 0.01 --finetune
