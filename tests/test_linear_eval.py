@@ -1,5 +1,6 @@
 """Linear probe and k-NN judge features as the papers do, and run from end to end."""
 
+import argparse
 import json
 import sys
 
@@ -48,6 +49,17 @@ def test_verdict_by_hand():
     assert verdict["per_class"] == [100.0, None, None, None, 0.0, 0.0, None, 100.0]
     confusion = torch.tensor(verdict["confusion"])
     assert confusion[0, 0] == confusion[4, 0] == confusion[5, 0] == confusion[7, 7] == 1 and confusion.sum() == 4
+
+
+def test_plain_and_weighted_votes():
+    torch.manual_seed(0)
+    train, val = ((torch.randn(n, 4), torch.randint(3, (n,))) for n in (200, 100))
+    args = argparse.Namespace(knn=[5, 50], knn_temperature=0.07)
+    votes = linear_eval.k_nearest(args, train, val, 3)
+    for name, temperature in (("knn", None), ("knn_weighted", 0.07)):
+        expected = common.knn_accuracy(*train, *val, args.knn, 3, temperature)
+        assert votes[name] == {str(k): accuracy for k, accuracy in expected.items()}
+    assert votes["knn"]["50"] != votes["knn_weighted"]["50"]
 
 
 def test_learning_rate_falls_at_60_and_80_percent_or_by_discos_halvings():
