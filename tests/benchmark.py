@@ -325,7 +325,7 @@ def main():
     probe_rates()
     knn()
     sskd_step("resnet20", "resnet8")
-    sskd_step("wrn_40_2", "wrn_16_2", steps=4)
+    sskd_step("wrn_40_2", "wrn_16_2", steps=2)
     seed_queue()  # last: it changes how the processor treats very small numbers
 
 
