@@ -211,6 +211,12 @@ def main():
     stop = min(steps, args.max_steps or steps)
     run.start_bar(step, stop, args.batch_size)
 
+    def learn(loss):
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
     # The head of the frozen teacher learns the contrastive task
     parallel = common.distribute(model.teacher_head) if step < head_steps else None
     while step < min(head_steps, stop):
@@ -221,10 +227,7 @@ def main():
                 draw_views(run, images, model.rotations)
             embedding = parallel(model.teacher.features(images))
             losses = {"loss": ss_head_loss(common.gather_with_gradient(embedding))}
-            optimizer.zero_grad()
-            scaler.scale(losses["loss"]).backward()
-            scaler.step(optimizer)
-            scaler.update()
+            learn(losses["loss"])
             step += 1
             run.track(step, epoch, losses, lr, epoch_ends=step % len(loader) == 0 or step == stop)
         run.save(step)
@@ -245,10 +248,7 @@ def main():
             if step == 0:
                 draw_views(run, images, model.rotations)
             losses = parallel(images, labels)
-            optimizer.zero_grad()
-            scaler.scale(losses["loss"]).backward()
-            scaler.step(optimizer)
-            scaler.update()
+            learn(losses["loss"])
             step += 1
             run.track(step, epoch, losses, lr, epoch_ends=step % len(loader) == 0 or step == stop)
         run.save(step)
