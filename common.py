@@ -65,15 +65,15 @@ class Stopped(BaseException):
 
 def rank():
     """Number of this process, from 0."""
-    return environment_number("RANK", 0)
+    return env_int("RANK", 0)
 
 
 def world_size():
     """Number of processes that train together; 1 without torchrun."""
-    return environment_number("WORLD_SIZE", 1)
+    return env_int("WORLD_SIZE", 1)
 
 
-def environment_number(name, default):
+def env_int(name, default):
     """A number from torchrun's environment; raises UserError where it is none."""
     text = os.environ.get(name, str(default))
     if not text.isdecimal():
@@ -97,7 +97,7 @@ def run_script(main):
     except (Exception, Stopped, KeyboardInterrupt) as error:
         if store is None and not isinstance(error, (UserError, Stopped, KeyboardInterrupt)):
             raise
-        code, message = farewell(error, store)
+        code, message = exit_status(error, store)
     if message and first_to_fail(store):
         tqdm.write(message, file=sys.stderr)
     if store is None:
@@ -108,7 +108,7 @@ def run_script(main):
     os._exit(code)  # an ordinary exit waits for collectives whose other side is gone
 
 
-def farewell(error, store):
+def exit_status(error, store):
     """Exit code and message of a process that ends by `error`; no message where another process tells better."""
     script, line_end = Path(sys.argv[0]).name, ""
     if store:
@@ -138,7 +138,7 @@ def join_processes():
     if rank() >= world_size():
         raise UserError(f"the environment variable RANK is {rank()}, not below WORLD_SIZE, {world_size()}: start with "
                         "torchrun")  # fmt: skip
-    address = f"{os.environ['MASTER_ADDR']}:{environment_number('MASTER_PORT', 0)}"
+    address = f"{os.environ['MASTER_ADDR']}:{env_int('MASTER_PORT', 0)}"
     try:
         store = fresh_store(next(dist.rendezvous("env://"))[0])
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -191,7 +191,7 @@ def init_device(seed):
     torch.manual_seed(seed)
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    device = torch.device("cuda", environment_number("LOCAL_RANK", 0))
+    device = torch.device("cuda", env_int("LOCAL_RANK", 0))
     if device.index >= torch.cuda.device_count():
         raise UserError(f"{device.index + 1} processes on {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
     torch.cuda.set_device(device)
@@ -318,41 +318,41 @@ def common_parser(script, docstring, *, epochs, batch_size, lr, weight_decay):
 
 SMALL_SETS = ("cifar10", "cifar100", "stl10", "fashion_mnist")
 # Mean and deviation of red, green and blue pixels, as released networks expect them.
-IMAGENET_STATISTICS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CIFAR_STATISTICS = (0.5071, 0.4866, 0.4409), (0.2675, 0.2565, 0.2761)
+IMAGENET_MEAN_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CIFAR_MEAN_STD = (0.5071, 0.4866, 0.4409), (0.2675, 0.2565, 0.2761)
 # A batch to make: which images, how, with which random numbers, and the seeds that pick others for unreadable ones.
 # For evaluation the last two are None.
-Job = namedtuple("Job", "indices views uniforms seeds")
+BatchRequest = namedtuple("BatchRequest", "indices views random_params seeds")
 
 
 class ArrayDataset:
     """A small set as one uint8 tensor (N, 3, H, W) on the training device: a batch is cropped there in one go.
 
-    statistics: mean and deviation of the pixels, by which `normalize` goes.
+    mean_std: mean and deviation of the pixels, by which `normalize` goes.
     """
 
     in_memory = True
 
-    def __init__(self, images, labels, num_classes, device, statistics=None):
+    def __init__(self, images, labels, num_classes, device, mean_std=None):
         self.images = images.to(device)
         self.labels = torch.as_tensor(labels, dtype=torch.long, device=device)
         self.num_classes = num_classes
-        self.statistics = statistics or IMAGENET_STATISTICS
+        self.mean_std = mean_std or IMAGENET_MEAN_STD
 
     def __len__(self):
         return len(self.images)
 
-    def __getitem__(self, job):
-        """Views of a `Job`: a list of float tensors (n, 3, size, size) in [0, 1], labels (n,), none unreadable."""
-        indices = torch.from_numpy(job.indices).to(self.images.device)
+    def __getitem__(self, request):
+        """Views of a `BatchRequest`, a list of float tensors (n, 3, size, size) in [0, 1], and labels (n,)."""
+        indices = torch.from_numpy(request.indices).to(self.images.device)
         images = self.images[indices].float().div_(255)
         height, width = images.shape[2:]
         out = []
-        for i, view in enumerate(job.views):
+        for i, view in enumerate(request.views):
             boxes = np.tile([0, 0, height, width], (len(images), 1))
-            flips = np.zeros(len(images), dtype=bool) if view.scale is None else flip_coins(job.uniforms[i])
+            flips = np.zeros(len(images), dtype=bool) if view.scale is None else flip_coins(request.random_params[i])
             if view.scale and not view.padding:
-                boxes = crop_boxes(job.uniforms[i], height, width, view.scale)
+                boxes = crop_boxes(request.random_params[i], height, width, view.scale)
             elif height == width == view.size:
                 out.append(mirror(images, flips))
                 continue
@@ -364,7 +364,7 @@ class FolderDataset:
     """Image files in ImageNet's layout, ROOT/CLASS/*.jpg: decoded and cropped in workers, as uint8 all the way."""
 
     in_memory = False
-    statistics = IMAGENET_STATISTICS
+    mean_std = IMAGENET_MEAN_STD
     unreadable = {}  # noqa: RUF012  path: reason, of all folders that this process, or another that told it, has read
     tries = 10  # images that may be unreadable one after the other
 
@@ -382,28 +382,28 @@ class FolderDataset:
     def __len__(self):
         return len(self.paths)
 
-    def __getitem__(self, job):
-        """Views of a `Job`: a list of uint8 tensors (n, 3, size, size), labels (n,), and {unreadable path: reason}.
+    def __getitem__(self, request):
+        """Views of a `BatchRequest`, a list of uint8 tensors (n, 3, size, size), labels (n,), {path: reason}.
 
         In an unreadable image's place stands another, which follows from seed, epoch and image; in evaluation a black
         one, with label -1.
         """
-        shape = (len(job.indices), 3)
-        out = [torch.zeros(*shape, view.size, view.size, dtype=torch.uint8) for view in job.views]
-        labels = torch.full((len(job.indices),), -1)
+        shape = (len(request.indices), 3)
+        out = [torch.zeros(*shape, view.size, view.size, dtype=torch.uint8) for view in request.views]
+        labels = torch.full((len(request.indices),), -1)
         unreadable = {}
-        for n, index in enumerate(job.indices):
-            index, image = self.read(index, job.seeds, unreadable)
-            if image is None and job.seeds is not None:
+        for n, index in enumerate(request.indices):
+            index, image = self.read(index, request.seeds, unreadable)
+            if image is None and request.seeds is not None:
                 path, reason = unreadable.popitem()  # returned, not raised: out of a worker it would be a traceback
                 return UserError(f"{self.tries} unreadable images, one after the other, the last {path} ({reason}): "
                                  "repair or remove them")  # fmt: skip
             if image is None:
                 continue
             labels[n] = self.labels[index]
-            for i, view in enumerate(job.views):
-                uniforms = None if view.scale is None else job.uniforms[i, n : n + 1]
-                out[i][n] = crop_image(image, view, uniforms)
+            for i, view in enumerate(request.views):
+                random_params = None if view.scale is None else request.random_params[i, n : n + 1]
+                out[i][n] = crop_image(image, view, random_params)
         return out, labels, unreadable
 
     def read(self, index, seeds, unreadable):
@@ -428,15 +428,15 @@ def read_image(path):
             return TF.pil_to_tensor(image.convert("RGB"))
 
 
-def crop_image(image, view, uniforms):
+def crop_image(image, view, random_params):
     """One view of one uint8 image (3, H, W), by torchvision: random crop and flip, or the centre crop of evaluation."""
     height, width = image.shape[1:]
-    if uniforms is None:  # shorter side to 256 where the crop is 224, the protocol of every paper here
+    if random_params is None:  # shorter side to 256 where the crop is 224, the protocol of every paper here
         resized = TF.resize(image, [round(view.size * 256 / 224)], antialias=True)
         return TF.center_crop(resized, [view.size, view.size])
-    ((top, left, box_height, box_width),) = crop_boxes(uniforms, height, width, view.scale).tolist()
+    ((top, left, box_height, box_width),) = crop_boxes(random_params, height, width, view.scale).tolist()
     crop = TF.resized_crop(image, top, left, box_height, box_width, [view.size, view.size], antialias=True)
-    return TF.horizontal_flip(crop) if flip_coins(uniforms).item() else crop
+    return TF.horizontal_flip(crop) if flip_coins(random_params).item() else crop
 
 
 def load_dataset(data, data_root, split, device, image_size=None):
@@ -452,8 +452,8 @@ def load_dataset(data, data_root, split, device, image_size=None):
         return ArrayDataset(images, labels, len(SHAPES) * len(TEXTURES), device), size
     if data in SMALL_SETS:
         images, labels, num_classes = load_small_set(data, data_root, split)
-        statistics = CIFAR_STATISTICS if data.startswith("cifar") else None
-        dataset = ArrayDataset(images, labels, num_classes, device, statistics)
+        mean_std = CIFAR_MEAN_STD if data.startswith("cifar") else None
+        dataset = ArrayDataset(images, labels, num_classes, device, mean_std)
         return dataset, image_size or (96 if data == "stl10" else 32)
     folder = Path(data) / ("train" if split == "pretrain" else split)
     if not folder.is_dir():
@@ -472,7 +472,7 @@ def load_labelled(data, data_root, device, image_size=None):
     return train, val, image_size
 
 
-def few_labels(dataset, fraction, seed):
+def subsample_per_class(dataset, fraction, seed):
     """The part of a data set that holds `fraction` of each class's images, at least one, picked by the seed."""
     if fraction == 1:
         return dataset
@@ -492,7 +492,7 @@ def readable(dataset):
     return np.array([number for number, path in enumerate(dataset.paths) if path not in unreadable])
 
 
-def listed_images(dataset, path):
+def subset_from_list(dataset, path):
     """The part of a folder that a text file names, a line an image: its file name, as in SimCLR's lists, or its path.
 
     Raises UserError for a set in memory and for a name that is not there.
@@ -533,7 +533,7 @@ def load_small_set(name, root, split):
         "stl10": (sets.STL10, {"split": {"pretrain": "unlabeled", "train": "train", "val": "test"}[split]}, 10),
     }[name]
     try:
-        if environment_number("LOCAL_RANK", 0) == 0:  # one process of a machine fetches, the others wait for it
+        if env_int("LOCAL_RANK", 0) == 0:  # one process of a machine fetches, the others wait for it
             opener(root, download=True, **options)
     except (OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
@@ -614,7 +614,7 @@ def draw_shapes(count, size, seed):
 # Each function is torchvision's of the same name over a batch, with parameters of its own for every image. Which images
 # an operation touches is decided on the CPU, so nothing here waits for the device.
 
-CROP_UNIFORMS = 23  # random numbers that a crop and a flip take: ten tries of area and aspect, position, coin
+CROP_PARAMS = 23  # random numbers that a crop and a flip take: ten tries of area and aspect, position, coin
 
 
 @dataclass(frozen=True)
@@ -634,28 +634,28 @@ class View:
     rotations: int = 1
 
 
-def crop_boxes(uniforms, height, width, scale):
+def crop_boxes(random_params, height, width, scale):
     """RandomResizedCrop's boxes in an image of height x width: (n, 4) integers top, left, height, width.
 
-    uniforms: (n, CROP_UNIFORMS) in [0, 1). Ten tries of area and aspect ratio (3/4 to 4/3), the first that fits is
+    random_params: (n, CROP_PARAMS) in [0, 1). Ten tries of area and aspect ratio (3/4 to 4/3), the first that fits is
     taken; where none does, the largest centre crop within the aspect ratios.
     """
-    area = height * width * (scale[0] + (scale[1] - scale[0]) * uniforms[:, :10])
-    aspect = np.exp(np.log(4 / 3) * (2 * uniforms[:, 10:20] - 1))
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * random_params[:, :10])
+    aspect = np.exp(np.log(4 / 3) * (2 * random_params[:, 10:20] - 1))
     heights, widths = np.rint(np.sqrt(area / aspect)), np.rint(np.sqrt(area * aspect))
     fits = (0 < heights) & (heights <= height) & (0 < widths) & (widths <= width)
-    rows, first, any_fits = np.arange(len(uniforms)), fits.argmax(1), fits.any(1)
+    rows, first, any_fits = np.arange(len(random_params)), fits.argmax(1), fits.any(1)
     center_height, center_width = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
     heights = np.where(any_fits, heights[rows, first], center_height)
     widths = np.where(any_fits, widths[rows, first], center_width)
-    tops = np.where(any_fits, np.floor(uniforms[:, 20] * (height - heights + 1)), (height - center_height) // 2)
-    lefts = np.where(any_fits, np.floor(uniforms[:, 21] * (width - widths + 1)), (width - center_width) // 2)
+    tops = np.where(any_fits, np.floor(random_params[:, 20] * (height - heights + 1)), (height - center_height) // 2)
+    lefts = np.where(any_fits, np.floor(random_params[:, 21] * (width - widths + 1)), (width - center_width) // 2)
     return np.stack([tops, lefts, heights, widths], axis=1).astype(np.int64)
 
 
-def flip_coins(uniforms):
-    """Which images are mirrored, each with probability 1/2: (n, CROP_UNIFORMS) -> (n,) bool."""
-    return uniforms[:, 22] < 0.5
+def flip_coins(random_params):
+    """Which images are mirrored, each with probability 1/2: (n, CROP_PARAMS) -> (n,) bool."""
+    return random_params[:, 22] < 0.5
 
 
 def mirror(images, flips):
@@ -785,9 +785,9 @@ def gaussian_blur(images, sigma):
     return images.view(n, channels, height, width)
 
 
-def normalize(images, statistics):
+def normalize(images, mean_std):
     """Float images (n, 3, H, W) in [0, 1] to zero mean and unit deviation, by a data set's statistics."""
-    return TF.normalize(images, *statistics)
+    return TF.normalize(images, *mean_std)
 
 
 # -------------------------------------------------------------------------------------------------------------- Loading
@@ -808,7 +808,7 @@ class Loader:
             raise UserError(f"--batch-size {batch_size} cannot be shared out over {world_size()} processes")
         self.dataset, self.views, self.batch_size, self.seed, self.device = dataset, views, batch_size, seed, device
         self.step, self.stop = 0, 0
-        self.loader = job_loader(dataset, self, workers, device)
+        self.loader = make_dataloader(dataset, self, workers, device)
 
     def __len__(self):
         return len(self.dataset) // self.batch_size
@@ -820,9 +820,11 @@ class Loader:
         for step in range(self.step, self.stop):
             first = step % len(self) * self.batch_size
             rng = np.random.default_rng([self.seed, epoch, step, 0])
-            uniforms = rng.random((self.batch_size, len(self.views), CROP_UNIFORMS))
+            random_params = rng.random((self.batch_size, len(self.views), CROP_PARAMS))
             indices = order[first : first + self.batch_size]
-            yield Job(local_share(indices), self.views, local_share(uniforms).swapaxes(0, 1), (self.seed, epoch))
+            yield BatchRequest(
+                local_share(indices), self.views, local_share(random_params).swapaxes(0, 1), (self.seed, epoch)
+            )
 
     def batches(self, step, stop):
         """From the run's step number `step` to the end of its epoch, or to `stop` if that comes first.
@@ -832,7 +834,7 @@ class Loader:
         """
         epoch = step // len(self)
         self.step, self.stop = step, min(stop, (epoch + 1) * len(self))
-        for offset, (views, labels) in enumerate(fetch(self.loader, self.device)):
+        for offset, (views, labels) in enumerate(to_device(self.loader, self.device)):
             rng = np.random.default_rng([self.seed, epoch, step + offset, 1])
             for i, view in enumerate(self.views):
                 if view.color:
@@ -843,24 +845,24 @@ class Loader:
                 if view.padding:
                     offsets = rng.integers(0, 2 * view.padding + 1, (self.batch_size * view.rotations, 2))
                     views[i] = pad_and_crop(views[i], local_share(offsets), view.padding)
-            yield [normalize(images, self.dataset.statistics) for images in views], labels
+            yield [normalize(images, self.dataset.mean_std) for images in views], labels
 
 
-def job_loader(dataset, jobs, workers, device):
+def make_dataloader(dataset, requests, workers, device):
     """DataLoader that makes one whole batch a job: in workers for files, in this process for a set in memory."""
     workers = 0 if dataset.in_memory else workers
     return DataLoader(
         dataset,
-        sampler=jobs,
+        sampler=requests,
         batch_size=None,
         num_workers=workers,
         persistent_workers=workers > 0,
-        worker_init_fn=leave_signals,
+        worker_init_fn=worker_init,
         pin_memory=device.type == "cuda" and not dataset.in_memory,
     )
 
 
-def leave_signals(worker):
+def worker_init(worker):
     """Leave signals that all processes of a job get to the main one: it needs its workers until it has saved.
 
     When it ends then, a worker that was about to hand it a batch says nothing.
@@ -885,8 +887,8 @@ def leave_signals(worker):
     threading.Thread(target=obey_the_main_process, daemon=True).start()
 
 
-def fetch(loader, device):
-    """Batches of a `job_loader` on the device, views as floats in [0, 1]; unreadable images are put down."""
+def to_device(loader, device):
+    """Batches of a `make_dataloader` on the device, views as floats in [0, 1]; unreadable images are put down."""
     for batch in loader:
         if isinstance(batch, UserError):
             raise batch
@@ -907,7 +909,7 @@ def conv_bn(in_channels, channels, kernel, stride=1, groups=1, bias=False):
     return layer, nn.BatchNorm2d(channels)
 
 
-def start_as_he(network, classifier_std=None):
+def kaiming_init(network, classifier_std=None):
     """Initialise convolutions as He et al. (2015) by the number of outputs; on request the classifier, too."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
@@ -963,7 +965,7 @@ def cifar_resnet(depth, channels=(16, 16, 32, 64)):
 
     a, b, c, d = channels
     stages = stage(a, b, 1), stage(b, c, 2), stage(c, d, 2)
-    network = start_as_he(CifarNetwork(conv_bn(3, a, 3), *stages, dim=d, classifier="fc"))
+    network = kaiming_init(CifarNetwork(conv_bn(3, a, 3), *stages, dim=d, classifier="fc"))
     for module in network.modules():
         if isinstance(module, torchvision.models.resnet.BasicBlock):
             nn.init.zeros_(module.bn2.weight)  # a block starts as the identity (Goyal et al., 2017)
@@ -994,7 +996,7 @@ def cifar_resnet50():
         return Bottleneck(in_channels, hidden, stride), *(Bottleneck(4 * hidden, hidden, 1) for _ in range(blocks - 1))
 
     stages = stage(64, 64, 3, 1), stage(256, 128, 4, 2), stage(512, 256, 6, 2), stage(1024, 512, 3, 2)
-    return start_as_he(CifarNetwork(conv_bn(3, 64, 3), *stages, dim=2048))
+    return kaiming_init(CifarNetwork(conv_bn(3, 64, 3), *stages, dim=2048))
 
 
 class ShuffleV1Block(nn.Module):
@@ -1087,7 +1089,7 @@ class WideResNet(nn.Module):
             in_channels = channels
         self.bn1 = nn.BatchNorm2d(in_channels)
         self.fc = nn.Linear(in_channels, 10)
-        start_as_he(self)
+        kaiming_init(self)
         nn.init.zeros_(self.fc.bias)
 
     def forward(self, x):
@@ -1110,7 +1112,7 @@ class CifarVGG(nn.Module):
                 in_channels = channels
             self.add_module(f"block{number}", nn.Sequential(*layers))
         self.classifier = nn.Linear(512, 10)
-        start_as_he(self, classifier_std=0.01)
+        kaiming_init(self, classifier_std=0.01)
 
     def forward(self, x):
         for block in (self.block0, self.block1, self.block2):
@@ -1154,7 +1156,7 @@ class CifarMobileNetV2(nn.Module):
             in_channels = channels
         self.conv2 = nn.Sequential(*conv_bn(in_channels, 1280, 1), nn.ReLU())
         self.classifier = nn.Linear(1280, 10)
-        start_as_he(self, classifier_std=0.01)
+        kaiming_init(self, classifier_std=0.01)
 
     def forward(self, x):
         x = self.conv1(x)
@@ -1194,7 +1196,7 @@ def widen(network, times):
             network.set_submodule(name, nn.BatchNorm2d(times * layer.num_features))
         elif isinstance(layer, nn.Linear):
             network.set_submodule(name, nn.Linear(times * layer.in_features, layer.out_features))
-    return start_as_he(network)
+    return kaiming_init(network)
 
 
 def network_names():
@@ -1243,12 +1245,12 @@ def build_backbone(arch, image_size=224):
     network.feature_dim = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
     network.set_submodule(last, nn.Identity())
     if not layer.weight.is_meta:
-        try_image(network, arch, image_size)
+        check_input_size(network, arch, image_size)
     return network
 
 
 @torch.no_grad()
-def try_image(network, arch, image_size, option="--image-size"):
+def check_input_size(network, arch, image_size, option="--image-size"):
     """Raise UserError where the images are too small for the network."""
     try:
         network.eval()(torch.zeros(1, 3, image_size, image_size))
@@ -1351,7 +1353,7 @@ LAYOUTS = (
 WRAPPERS = ("model", "state_dict", "teacher")  # keys around a state dict; of DINO's two networks the teacher is better
 
 
-class Damaged(UserError):
+class CorruptCheckpoint(UserError):
     """A file that is missing, cut off or changed."""
 
 
@@ -1364,10 +1366,10 @@ def load_file(path, whole=False):
         if whole:
             with zipfile.ZipFile(path) as parts:
                 if changed := parts.testzip():
-                    raise Damaged(f"{path} is not a readable checkpoint (wrong checksum of {changed})")
+                    raise CorruptCheckpoint(f"{path} is not a readable checkpoint (wrong checksum of {changed})")
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise Damaged(f"no file {path}") from None
+        raise CorruptCheckpoint(f"no file {path}") from None
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         what = f"holds {found[1]} besides tensors" if found else "is not a checkpoint, or holds more than tensors"
@@ -1375,7 +1377,7 @@ def load_file(path, whole=False):
                         "trusts it save its state dict alone") from None  # fmt: skip
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, zipfile.BadZipFile) as error:
         reason = (str(error).splitlines() or ["damaged"])[0]
-        raise Damaged(f"{path} is not a readable checkpoint ({reason})") from None
+        raise CorruptCheckpoint(f"{path} is not a readable checkpoint ({reason})") from None
 
 
 def load_teacher(path, arch=None):
@@ -1386,7 +1388,7 @@ def load_teacher(path, arch=None):
     """
     parts = load_backbone(path, arch)
     encoder = Encoder(parts.backbone, build_head(path, parts.head, parts.activation))
-    load_exactly(encoder.head, parts.head, f"projection head of {path}")
+    load_strict(encoder.head, parts.head, f"projection head of {path}")
     return encoder.requires_grad_(False).eval()
 
 
@@ -1408,7 +1410,7 @@ def labelled(what, backbone, state, num_classes=None):
     if num_classes not in (None, classes):
         raise UserError(f"{what} tells {classes} classes apart, --data has {num_classes}")
     network = Classifier(backbone, nn.Linear(dim, classes))
-    load_exactly(network.classifier, state, f"classifier of {what}")
+    load_strict(network.classifier, state, f"classifier of {what}")
     return network.requires_grad_(False).eval()
 
 
@@ -1422,9 +1424,9 @@ def load_backbone(path, arch):
     image_size = 32 if stem is not None and stem.shape[-1] == 3 else 224
     told = checkpoint.get("arch") if isinstance(checkpoint, dict) else None
     told = told if told in network_names() else None
-    arch = arch or told or recognize(path, state, image_size)
+    arch = arch or told or infer_arch(path, state, image_size)
     backbone = build_backbone(arch, image_size)
-    load_exactly(backbone, without_classifier(state, backbone), f"{path} as {arch}")
+    load_strict(backbone, without_classifier(state, backbone), f"{path} as {arch}")
     size = checkpoint.get("image_size") if isinstance(checkpoint, dict) else None
     cifar = arch not in torchvision.models.list_models() and arch not in WIDENED
     backbone.image_size = size if isinstance(size, int) else 32 if cifar else image_size
@@ -1489,7 +1491,7 @@ def build_head(path, state, activation=nn.ReLU):
     return nn.Sequential(*layers)
 
 
-def recognize(path, state, image_size):
+def infer_arch(path, state, image_size):
     """Name of the architecture whose keys and shapes are those of a state dict, classifier aside."""
     regnet = any("trunk_output" in key for key in state)
     nearest = ()
@@ -1504,7 +1506,9 @@ def recognize(path, state, image_size):
         nearest = max(nearest, (same / max(len(expected), len(shapes)), name, expected, shapes), key=lambda x: x[:1])
     agreement, name, expected, shapes = nearest
     if agreement > 0.5:
-        raise UserError(f"{path} is nearest to {name} but does not fit; for example {misfits(expected, shapes)}")
+        raise UserError(
+            f"{path} is nearest to {name} but does not fit; for example {describe_mismatch(expected, shapes)}"
+        )
     some = ", ".join(f"{key} {list(value.shape)}" for key, value in list(state.items())[:3])
     known = "; ".join(layout.written_by for layout in LAYOUTS)
     raise UserError(f"{path} fits no network known here (it begins with {some}); files of these are read: {known}")
@@ -1530,21 +1534,21 @@ def load_torchvision(arch, classifier=False, num_classes=None):
         raise UserError(f"torchvision has no weights for {arch}") from None
     except OSError as error:
         raise UserError(f"{what} could not be fetched ({error}): pass a file") from None
-    load_exactly(backbone, without_classifier(state, backbone), what)
+    load_strict(backbone, without_classifier(state, backbone), what)
     if classifier:
         return labelled(what, backbone, own_classifier(state, backbone), num_classes)
     return Encoder(backbone, nn.Identity()).requires_grad_(False).eval()
 
 
-def load_exactly(module, state, what):
+def load_strict(module, state, what):
     """Load a state dict and raise UserError, naming keys, where one is missing, left over or of another shape."""
     expected, found = ({key: value.shape for key, value in part.items()} for part in (module.state_dict(), state))
     if expected != found:
-        raise UserError(f"{what} does not fit; for example {misfits(expected, found)}")
+        raise UserError(f"{what} does not fit; for example {describe_mismatch(expected, found)}")
     module.load_state_dict(state)
 
 
-def misfits(expected, found):
+def describe_mismatch(expected, found):
     """Name some keys by which two dicts of {key: shape} differ."""
     faults = {
         "missing": expected.keys() - found.keys(),
@@ -1570,12 +1574,12 @@ def extract_features(encoder, dataset, image_size, batch_size, workers, device):
     share = -(-len(dataset) // world_size())
     indices = np.arange(rank() * share, (rank() + 1) * share) % len(dataset)  # what wraps round is cut off again
     views = [View(image_size, scale=None, color=False)]
-    jobs = [Job(indices[i : i + batch_size], views, None, None) for i in range(0, share, batch_size)]
+    requests = [BatchRequest(indices[i : i + batch_size], views, None, None) for i in range(0, share, batch_size)]
     training = encoder.training
     encoder.eval()
     features, labels = [], []
-    for (images,), targets in fetch(job_loader(dataset, jobs, workers, device), device):
-        features.append(encoder.features(normalize(images, dataset.statistics)))
+    for (images,), targets in to_device(make_dataloader(dataset, requests, workers, device), device):
+        features.append(encoder.features(normalize(images, dataset.mean_std)))
         labels.append(targets)
     encoder.train(training)
     features, labels = (gather(torch.cat(parts))[: len(dataset)] for parts in (features, labels))
@@ -1607,11 +1611,11 @@ def knn_accuracy(train_features, train_labels, features, labels, ks, num_classes
     """
     share = slice(rank(), None, world_size())
     similarity, nearest = nearest_neighbours(train_features, features[share], max(ks))
-    return vote(similarity, train_labels[nearest], labels[share], ks, num_classes, temperature)
+    return knn_vote_accuracy(similarity, train_labels[nearest], labels[share], ks, num_classes, temperature)
 
 
 @torch.no_grad()
-def vote(similarity, neighbours, labels, ks, num_classes, temperature=None):
+def knn_vote_accuracy(similarity, neighbours, labels, ks, num_classes, temperature=None):
     """The same from this process's part of the queries: similarities and labels of their neighbours, nearest first."""
     correct = torch.zeros(len(ks) + 1, dtype=torch.long, device=labels.device)
     correct[-1] = len(labels)
@@ -1662,7 +1666,7 @@ def writing(path):
                         "same command again") from None  # fmt: skip
 
 
-def write_file(path, write, keep=None):
+def atomic_write(path, write, keep=None):
     """Call `write(file)` on a new file and move it to `path`, which is whole at any moment, even if the power fails.
 
     What was at `path` before moves to `keep`. Where the disk is full, the old file stays.
@@ -1704,12 +1708,15 @@ class Run:
     def __init__(self, script, args, *datasets, files=()):
         self.script, self.folder, self.args = script, Path(args.out), args
         self.path, self.path_before = self.folder / "checkpoint.pth", self.folder / "checkpoint.before.pth"
-        self.statistics = datasets[0].statistics if datasets else IMAGENET_STATISTICS
+        self.mean_std = datasets[0].mean_std if datasets else IMAGENET_MEAN_STD
         self.bar, self.writer = None, None
         self.losses, self.named = [], set()  # since the last line of the log; unreadable images named there
         FolderDataset.unreadable.clear()
         self.unsaved, self.saved_at = False, time.monotonic()
-        self.told, self.ballot = None, None  # the signal that told this process to stop; what all were asked last
+        self.stop_signal, self.ballot = (
+            None,
+            None,
+        )  # the signal that told this process to stop; what all were asked last
         self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         for number in STOP_SIGNALS:
             signal.signal(number, self.on_signal)
@@ -1774,14 +1781,14 @@ class Run:
         if differ:
             raise UserError(f"{self.folder} holds another run ({'; '.join(differ)}): pass another --out")
 
-    def resume(self, model, optimizer, scaler, **about):
+    def resume(self, model, optimizer, scaler, **metadata):
         """Load the newest whole checkpoint, if any, and return the number of steps done.
 
-        about: what the checkpoints shall say of themselves. One `of` other weights than these is left aside.
+        metadata: what the checkpoints shall say of themselves. One `of` other weights than these is left aside.
         """
-        self.state, self.about = (model, optimizer, scaler), about
-        checkpoint = self.newest() or {}
-        if checkpoint.get("of") != about.get("of"):
+        self.state, self.metadata = (model, optimizer, scaler), metadata
+        checkpoint = self.load_latest() or {}
+        if checkpoint.get("of") != metadata.get("of"):
             checkpoint = {}
         step = checkpoint.get("step", 0)
         device = next(model.parameters()).device
@@ -1789,14 +1796,14 @@ class Run:
         self.named = set(checkpoint.get("unreadable", []))
         if checkpoint:
             frozen = {k: v for k, v in model.state_dict().items() if k.startswith("teacher.")}
-            load_exactly(model, {**checkpoint["model"], **frozen}, str(self.path))
+            load_strict(model, {**checkpoint["model"], **frozen}, str(self.path))
             optimizer.load_state_dict(checkpoint["optimizer"])
             scaler.load_state_dict(checkpoint["scaler"])
         if (gather(torch.tensor([step])) != step).any():
             raise UserError(f"the processes find different checkpoints: --out {self.folder} must be one folder, on a "
                             "disk that all machines share")  # fmt: skip
         log = self.folder / "log.jsonl"
-        if rank() == 0 and log.exists() and (checkpoint or "of" not in about):
+        if rank() == 0 and log.exists() and (checkpoint or "of" not in metadata):
             size = checkpoint.get("log_bytes", 0)  # lines after the checkpoint are about to be written again
             with writing(log):
                 os.truncate(log, min(size, log.stat().st_size))
@@ -1806,13 +1813,13 @@ class Run:
             print(f"going on from step {step} of {self.folder}", file=sys.stderr)
         return step
 
-    def newest(self):
+    def load_latest(self):
         """Content of the newest whole checkpoint; None where there is none."""
         if not self.path.exists() and not self.path_before.exists():
             return None
         try:
             return load_file(self.path, whole=True)
-        except Damaged as error:
+        except CorruptCheckpoint as error:
             if not self.path_before.exists():
                 raise
             checkpoint = load_file(self.path_before, whole=True)
@@ -1847,7 +1854,7 @@ class Run:
         if len(self.losses) >= LOG_EVERY or epoch_ends:
             means = dict(zip(losses, self.average_losses().mean(dim=0).tolist(), strict=True))
             speed = self.count * self.batch_size / (time.perf_counter() - self.clock)
-            title = {"weights": self.about["of"]} if "of" in self.about else {}
+            title = {"weights": self.metadata["of"]} if "of" in self.metadata else {}
             self.log({**title, "step": step, "epoch": epoch, **means, "lr": lr, "images_per_second": round(speed, 1)})
             self.bar.set_postfix(loss=f"{means['loss']:.3f}", lr=f"{lr:.2g}", epoch=epoch, refresh=False)
             self.losses, self.count, self.clock = [], 0, time.perf_counter()
@@ -1928,7 +1935,7 @@ class Run:
                 os.fsync(log.fileno())
                 log_bytes = log.tell()
             checkpoint = {
-                **self.about,
+                **self.metadata,
                 "step": step,
                 "model": {k: v for k, v in model.state_dict().items() if not k.startswith("teacher.")},
                 "optimizer": optimizer.state_dict(),
@@ -1937,7 +1944,7 @@ class Run:
                 "log_bytes": log_bytes,
                 "unreadable": sorted(self.named),
             }
-            write_file(self.path, lambda file: torch.save(checkpoint, file), keep=self.path_before)
+            atomic_write(self.path, lambda file: torch.save(checkpoint, file), keep=self.path_before)
         self.unsaved, self.saved_at = False, time.monotonic()
         if self.agree(wait=True) == 2:
             self.stop()
@@ -1949,9 +1956,9 @@ class Run:
         before, unless `wait`.
         """
         if self.parent and os.getppid() != self.parent:
-            self.told = self.told or "the end of torchrun"
+            self.stop_signal = self.stop_signal or "the end of torchrun"
         due = rank() == 0 and time.monotonic() - self.saved_at > 60 * self.args.checkpoint_minutes
-        want = 2 if self.told else int(due)
+        want = 2 if self.stop_signal else int(due)
         if world_size() == 1:
             return want
         want = torch.tensor(want)
@@ -1962,13 +1969,13 @@ class Run:
 
     def on_signal(self, number, frame):
         """Stop after the step that is under way, or at once where all is saved."""
-        self.told = signal.Signals(number).name
+        self.stop_signal = signal.Signals(number).name
         if not self.unsaved:
             self.stop()
 
     def stop(self):
         """Leave with all saved."""
-        reason = f"by {self.told}" if self.told else "with another process"
+        reason = f"by {self.stop_signal}" if self.stop_signal else "with another process"
         raise Stopped(f"stopped {reason}, all is saved in {self.folder}; the same command goes on")
 
     def finish(self, backbone):
@@ -1981,17 +1988,17 @@ class Run:
     def export(self, backbone):
         """Write backbone.pth: the network alone, with torchvision's keys."""
         if rank() == 0:
-            write_file(self.folder / "backbone.pth", lambda file: torch.save(backbone.state_dict(), file))
+            atomic_write(self.folder / "backbone.pth", lambda file: torch.save(backbone.state_dict(), file))
 
     def draw_views(self, *views):
         """Write views.png: up to eight images, a row for each of their views. views: normalised (N, 3, size, size)."""
         if rank() == 0:
-            mean, std = (views[0].new_tensor(v).view(3, 1, 1) for v in self.statistics)
+            mean, std = (views[0].new_tensor(v).view(3, 1, 1) for v in self.mean_std)
             size = max(128, *(view.shape[-1] for view in views))
             images = [F.interpolate(view[:8] * std + mean, (size, size), mode="nearest") for view in views]
             images = torch.cat(images).clamp(0, 1)
             save = torchvision.utils.save_image
-            write_file(self.folder / "views.png", lambda file: save(images, file, nrow=8, format="png"))
+            atomic_write(self.folder / "views.png", lambda file: save(images, file, nrow=8, format="png"))
 
     def read(self, name):
         """Content of a JSON file of the folder, or None."""
@@ -2003,7 +2010,7 @@ class Run:
         if rank() == 0:
             text = json.dumps(content, indent=2) + "\n"
             text = re.sub(r"\[\s+([^][{}]*?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text)
-            write_file(self.folder / name, lambda file: file.write(text.encode()))
+            atomic_write(self.folder / name, lambda file: file.write(text.encode()))
 
 
 def git_commit():

@@ -123,7 +123,7 @@ def main():
     device = common.init_device(args.seed)
     teacher = common.load_teacher(args.teacher, args.teacher_arch)
     dataset, size = common.load_dataset(args.data, args.data_root, "pretrain", device, args.image_size)
-    common.try_image(teacher.backbone, args.teacher, size)
+    common.check_input_size(teacher.backbone, args.teacher, size)
     view = common.View(size)
     loader = common.Loader(dataset, [view, view], args.batch_size, args.seed, args.workers, device)
 
@@ -141,7 +141,7 @@ def main():
     if args.compile:
         for network in model.children():
             network.compile()
-    parallel = common.distribute(model)
+    ddp_model = common.distribute(model)
     probe = common.KnnProbe(args, size, device) if args.knn_every else None
 
     steps = args.epochs * len(loader)
@@ -159,7 +159,7 @@ def main():
         for (view1, view2), _ in loader.batches(step, stop):
             if step == 0:
                 run.draw_views(view1, view2)
-            losses, keys = parallel(view1, view2)
+            losses, keys = ddp_model(view1, view2)
             optimizer.zero_grad()
             scaler.scale(losses["loss"]).backward()
             scaler.step(optimizer)

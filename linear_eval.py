@@ -48,7 +48,7 @@ def linear_classifier(dim, num_classes):
 
 
 @torch.no_grad()
-def judge(head, features, labels):
+def evaluate(head, features, labels):
     """Accuracies in percent of a linear layer on validation features, and its confusion matrix.
 
     Returns {"top1", "top5", "per_class": a value a class (None where it has no image), "confusion": [true][predicted]}.
@@ -71,7 +71,7 @@ HALVINGS = (0.5, (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.6, 0.8))  
 SCHEDULES = {"steps": STEPS, "halvings": HALVINGS}
 
 
-def decay(schedule, epoch, epochs):
+def lr_factor(schedule, epoch, epochs):
     """Factor on the learning rate in an epoch."""
     factor, milestones = SCHEDULES[schedule]
     return factor ** sum(epoch >= round(milestone * epochs, 6) for milestone in milestones)
@@ -107,15 +107,15 @@ def main():
     size = args.image_size or max(sizes, default=None)
     train, val, size = common.load_labelled(args.data, args.data_root, device, size)
     if args.label_list:
-        train = common.listed_images(train, args.label_list)
-    train = common.few_labels(train, args.label_fraction, args.seed)
+        train = common.subset_from_list(train, args.label_list)
+    train = common.subsample_per_class(train, args.label_fraction, args.seed)
     if max(args.knn) > len(train):
         raise common.UserError(f"--knn {max(args.knn)} is larger than the {len(train)} training images")
     crop = common.View(size, scale=(0.08, 1.0), color=False)
     loader = common.Loader(train, [crop], args.batch_size, args.seed, args.workers, device)
     encoders = {name: files.get(name) or untrained(name, args.arch, size, args.seed) for name in args.weights}
     for name, encoder in encoders.items():
-        common.try_image(encoder.backbone, name, size)
+        common.check_input_size(encoder.backbone, name, size)
         encoder.eval()
 
     lists = [args.label_list] if args.label_list else []
@@ -174,7 +174,7 @@ def features_of(args, run, name, encoder, datasets, size, device):
         common.extract_features(encoder, dataset, size, args.batch_size, args.workers, device) for dataset in datasets
     ]
     if args.cached and common.rank() == 0:
-        common.write_file(path, lambda file: torch.save(features, file))
+        common.atomic_write(path, lambda file: torch.save(features, file))
     return features
 
 
@@ -185,7 +185,7 @@ def k_nearest(args, train_set, val_set, num_classes):
     neighbours = train_set[1][nearest]
     accuracies = {}
     for name, temperature in (("knn", None), ("knn_weighted", args.knn_temperature)):
-        by_k = common.vote(similarity, neighbours, labels, args.knn, num_classes, temperature)
+        by_k = common.knn_vote_accuracy(similarity, neighbours, labels, args.knn, num_classes, temperature)
         accuracies[name] = {str(k): accuracy for k, accuracy in by_k.items()}
     return accuracies
 
@@ -206,7 +206,7 @@ def probe(args, run, name, encoder, train, loader, train_set, val_set, device):
             return frozen_batches(encoder, loader, step, stop)
 
     def judged():
-        return [judge(head, *val_set) for head in heads.heads]
+        return [evaluate(head, *val_set) for head in heads.heads]
 
     groups = [{"params": head.parameters(), "lr": lr} for head, lr in zip(heads.heads, args.lr, strict=True)]
     train_classifier(args, run, name, heads, groups, batches, per_epoch, judged, device)
@@ -231,7 +231,7 @@ def fine_tune(args, run, name, encoder, train, val, loader, size, device):
 
     def judged():
         features = common.extract_features(network, val, size, args.batch_size, args.workers, device)
-        return [judge(head, *features)]
+        return [evaluate(head, *features)]
 
     train_classifier(args, run, name, network.train(), groups, batches, len(loader), judged, device)
     return {"lr": args.lr[0], "backbone_lr": args.backbone_lr, **judged()[0]}
@@ -244,18 +244,18 @@ def train_classifier(args, run, name, model, groups, batches, per_epoch, judged,
     scaler = torch.amp.GradScaler(device.type, enabled=args.finetune and args.amp == "fp16")
     step = run.resume(model, optimizer, scaler, of=name)
     # A probe is trained on the whole batch by every process alike: cheaper than to exchange its gradients
-    parallel = common.distribute(model) if args.finetune else model
+    ddp_model = common.distribute(model) if args.finetune else model
 
     steps = args.epochs * per_epoch
     stop = min(steps, args.max_steps or steps)
     run.start_bar(step, stop, args.batch_size, name)
     while step < stop:
         epoch = step // per_epoch
-        factor = decay(args.schedule, epoch, args.epochs)
+        factor = lr_factor(args.schedule, epoch, args.epochs)
         for group, lr in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = lr * factor
         for inputs, labels in batches(step, stop):
-            logits = parallel(inputs)
+            logits = ddp_model(inputs)
             losses = torch.stack([F.cross_entropy(x, labels) for x in logits.view(-1, *logits.shape[-2:])])
             optimizer.zero_grad()
             scaler.scale(losses.sum()).backward()  # each layer's gradient is its own
@@ -286,7 +286,7 @@ def draw_neighbours(run, file_name, train, val, train_set, val_set, size, querie
     for row, found, same in zip(rows, nearest, right, strict=True):
         for dataset, numbers, frames in ((val, row[None], [None]), (train, found, same.tolist())):
             numbers = common.readable(dataset)[numbers.cpu().numpy()]
-            images = dataset[common.Job(numbers, [view], None, None)][0][0]
+            images = dataset[common.BatchRequest(numbers, [view], None, None)][0][0]
             images = common.TF.to_dtype(images.cpu(), torch.float32, scale=True)
             images = F.interpolate(images, max(64, size), mode="nearest")
             for image, frame in zip(images, frames, strict=True):
@@ -295,7 +295,7 @@ def draw_neighbours(run, file_name, train, val, train_set, val_set, size, querie
                 tile[:, 4:-4, 4:-4] = image
                 tiles.append(tile)
     save = torchvision.utils.save_image
-    common.write_file(
+    common.atomic_write(
         run.folder / file_name, lambda file: save(tiles, file, nrow=len(tiles) // len(rows), format="png")
     )
 

@@ -107,7 +107,7 @@ def main():
     if args.compile:
         model.encoder.compile()
         model.momentum_encoder.compile()
-    parallel = common.distribute(model)
+    ddp_model = common.distribute(model)
     probe = common.KnnProbe(args, size, device) if args.knn_every else None
 
     steps = args.epochs * len(loader)
@@ -125,7 +125,7 @@ def main():
         for (view1, view2), _ in loader.batches(step, stop):
             if step == 0:
                 run.draw_views(view1, view2)
-            losses, keys = parallel(view1, view2)
+            losses, keys = ddp_model(view1, view2)
             optimizer.zero_grad()
             scaler.scale(losses["loss"]).backward()
             scaler.step(optimizer)

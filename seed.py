@@ -134,7 +134,7 @@ def main():
     device = common.init_device(args.seed)
     teacher = common.load_teacher(args.teacher, args.teacher_arch)
     dataset, size = common.load_dataset(args.data, args.data_root, "pretrain", device, args.image_size)
-    common.try_image(teacher.backbone, args.teacher, size)
+    common.check_input_size(teacher.backbone, args.teacher, size)
     views = [common.View(size, scale=(0.14 if args.small_crops else 0.2, 1.0))]
     small_size = args.small_size or round(size * 96 / 224)
     views += [common.View(small_size, scale=(0.05, 0.14))] * args.small_crops
@@ -142,7 +142,7 @@ def main():
 
     backbone = common.build_backbone(args.student, size)
     if args.small_crops:
-        common.try_image(backbone, args.student, small_size, "--small-size")
+        common.check_input_size(backbone, args.student, small_size, "--small-size")
     head = common.mlp_head(backbone.feature_dim, args.hidden_dim or backbone.feature_dim, teacher.dim)
     student = common.Encoder(backbone, head)
     student.amp = teacher.amp = common.AMP[args.amp]
@@ -157,7 +157,7 @@ def main():
     if args.compile:
         for network in model.children():
             network.compile()
-    parallel = common.distribute(model)
+    ddp_model = common.distribute(model)
     probe = common.KnnProbe(args, size, device) if args.knn_every else None
 
     steps = args.epochs * len(loader)
@@ -175,7 +175,7 @@ def main():
         for (view, *small), _ in loader.batches(step, stop):
             if step == 0:
                 run.draw_views(view, *small)
-            losses, keys = parallel(view, torch.stack(small, dim=1) if small else None)
+            losses, keys = ddp_model(view, torch.stack(small, dim=1) if small else None)
             optimizer.zero_grad()
             scaler.scale(losses["loss"]).backward()
             scaler.step(optimizer)

@@ -49,7 +49,7 @@ def similarities(embedding):
     return rotated(embedding) @ upright(embedding).T
 
 
-def own_image(similarity):
+def positive_targets(similarity):
     """The column that is right in each row of `similarities`: (3B, B) -> (3B,)."""
     return torch.arange(similarity.shape[1], device=similarity.device).repeat_interleave(3)
 
@@ -57,10 +57,10 @@ def own_image(similarity):
 def ss_head_loss(embedding):
     """Loss of the self-supervision head: which upright image is a turned one of? embedding: (4B, D)."""
     similarity = similarities(embedding)
-    return F.cross_entropy(similarity, own_image(similarity))
+    return F.cross_entropy(similarity, positive_targets(similarity))
 
 
-def kept_rows(scores, target, ratio):
+def selective_transfer_mask(scores, target, ratio):
     """Selective transfer: which rows of the teacher's scores to learn from, (N, C) -> (N,) of 0 and 1.
 
     A row's error level is the rank of its target, (N,), among its scores; equal scores rank in the order of columns.
@@ -88,8 +88,8 @@ def sskd_losses(student_logits, student_ss, teacher_logits, teacher_ss, labels, 
     logits: (4B, classes); ss: embeddings of the self-supervision heads, (4B, D), a D each; labels: (B,).
     """
     student_similarity, teacher_similarity = similarities(student_ss), similarities(teacher_ss)
-    tf_kept = kept_rows(rotated(teacher_logits), labels.repeat_interleave(3), tf_ratio)
-    ss_kept = kept_rows(teacher_similarity, own_image(teacher_similarity), ss_ratio)
+    tf_kept = selective_transfer_mask(rotated(teacher_logits), labels.repeat_interleave(3), tf_ratio)
+    ss_kept = selective_transfer_mask(teacher_similarity, positive_targets(teacher_similarity), ss_ratio)
     return {
         "ce": F.cross_entropy(upright(student_logits), labels),
         "kd": kd_loss(upright(student_logits), upright(teacher_logits), kd_temperature),
@@ -170,7 +170,7 @@ def main():
     args = parse_args()
     device = common.init_device(args.seed)
     train, val, size = common.load_labelled(args.data, args.data_root, device, args.image_size)
-    train = common.few_labels(train, args.label_fraction, args.seed)
+    train = common.subsample_per_class(train, args.label_fraction, args.seed)
     if args.label_noise:
         train.labels = noisy_labels(train.labels, train.num_classes, args.label_noise, args.seed)
 
@@ -178,7 +178,7 @@ def main():
     weights = {"ce": args.ce_weight, "kd": args.kd_weight, "tf": args.tf_weight, "ss": args.ss_weight}
     teacher = load_teacher(args, train.num_classes)
     if teacher:
-        common.try_image(teacher.backbone, args.teacher, size)
+        common.check_input_size(teacher.backbone, args.teacher, size)
     model = SSKD(student, teacher, weights, kd_temperature=args.kd_temperature,
                  tf_temperature=args.tf_temperature, ss_temperature=args.ss_temperature, tf_ratio=args.tf_ratio,
                  ss_ratio=args.ss_ratio)  # fmt: skip
@@ -218,14 +218,14 @@ def main():
         scaler.update()
 
     # The head of the frozen teacher learns the contrastive task
-    parallel = common.distribute(model.teacher_head) if step < head_steps else None
+    ddp_model = common.distribute(model.teacher_head) if step < head_steps else None
     while step < min(head_steps, stop):
         epoch = step // len(loader)
         lr = optimizer.param_groups[1]["lr"] = step_lr(args.head_lr, epoch, head_epochs, args.head_milestones)
         for (images,), _ in loader.batches(step, stop):
             if step == 0:
                 draw_views(run, images, model.rotations)
-            embedding = parallel(model.teacher.features(images))
+            embedding = ddp_model(model.teacher.features(images))
             losses = {"loss": ss_head_loss(common.gather_with_gradient(embedding))}
             learn(losses["loss"])
             step += 1
@@ -235,7 +235,7 @@ def main():
     # The student learns from labels, teacher and head
     if head_epochs:
         model.teacher_head.requires_grad_(False)
-    parallel = common.distribute(model)
+    ddp_model = common.distribute(model)
     while True:
         epoch = step // len(loader)
         if step % len(loader) == 0 or step >= stop:
@@ -247,7 +247,7 @@ def main():
         for (images,), labels in loader.batches(step, stop):
             if step == 0:
                 draw_views(run, images, model.rotations)
-            losses = parallel(images, labels)
+            losses = ddp_model(images, labels)
             learn(losses["loss"])
             step += 1
             run.track(step, epoch, losses, lr, epoch_ends=step % len(loader) == 0 or step == stop)

@@ -73,7 +73,7 @@ def pil_path(size):
         transforms.RandomApply([PilBlur()], p=0.5),
         transforms.RandomHorizontalFlip(),
         transforms.ToTensor(),
-        transforms.Normalize(*common.IMAGENET_STATISTICS),
+        transforms.Normalize(*common.IMAGENET_MEAN_STD),
     ])  # fmt: skip
 
 
@@ -194,7 +194,7 @@ class PilRotations(torch.utils.data.Dataset):
         self.transform = transforms.Compose([
             transforms.RandomCrop(32, padding=4),
             transforms.ToTensor(),
-            transforms.Normalize(*dataset.statistics),
+            transforms.Normalize(*dataset.mean_std),
         ])  # fmt: skip
 
     def __len__(self):

@@ -76,13 +76,13 @@ def golden_training(model, network, vectors, steps):
     if inputs.ndim == 5:  # SEED's: one view, maybe with small crops
         names = [name for name in ("images", "small_images") if name in vectors]
         inputs = list(zip(*(torch.from_numpy(vectors[name][:steps]) for name in names), strict=True))
-    parallel = common.distribute(model)
+    ddp_model = common.distribute(model)
     optimizer = torch.optim.SGD(
         network.parameters(), float(vectors["meta_lr"]), momentum=0.9, weight_decay=1e-4, fused=True
     )
     history = []
     for views in inputs:
-        losses, keys = parallel(*map(common.local_share, views))
+        losses, keys = ddp_model(*map(common.local_share, views))
         optimizer.zero_grad()
         losses["loss"].backward()
         optimizer.step()

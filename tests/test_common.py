@@ -36,8 +36,8 @@ def test_crop_boxes_have_torchvisions_distribution(height, width):
     torch.manual_seed(0)
     image, count = torch.empty(3, height, width), 6000
     theirs = np.array([RandomResizedCrop.get_params(image, (0.2, 1.0), (3 / 4, 4 / 3)) for _ in range(count)])
-    uniforms = np.random.default_rng(0).random((count, common.CROP_UNIFORMS))
-    ours = common.crop_boxes(uniforms, height, width, (0.2, 1.0))
+    random_params = np.random.default_rng(0).random((count, common.CROP_PARAMS))
+    ours = common.crop_boxes(random_params, height, width, (0.2, 1.0))
     assert (ours[:, :2] >= 0).all() and (ours[:, 2:] >= 1).all()
     assert (ours[:, :2] + ours[:, 2:] <= [height, width]).all()
     for i in range(4):
@@ -52,8 +52,8 @@ def test_crop_boxes_have_torchvisions_distribution(height, width):
 @pytest.mark.parametrize("size", [16, 33])
 def test_crop_and_resize_is_torchvisions_for_every_box(size):
     images = random_images(40, 30, 42)
-    uniforms = np.random.default_rng(1).random((40, common.CROP_UNIFORMS))
-    boxes, flips = common.crop_boxes(uniforms, 30, 42, (0.05, 1.0)), common.flip_coins(uniforms)
+    random_params = np.random.default_rng(1).random((40, common.CROP_PARAMS))
+    boxes, flips = common.crop_boxes(random_params, 30, 42, (0.05, 1.0)), common.flip_coins(random_params)
     assert 5 < flips.sum() < 35
     ours = common.crop_and_resize(images, boxes, flips, size)
     for image, box, flip, result in zip(images, boxes.tolist(), flips, ours, strict=True):
@@ -174,13 +174,13 @@ def test_few_labels_are_balanced_and_fixed_by_the_seed(image_folder):
     labels = torch.tensor([0] * 40 + [1] * 20 + [2] * 2)[torch.randperm(62)]
     images = torch.arange(62, dtype=torch.uint8).view(62, 1, 1, 1).expand(-1, 3, 4, 4)
     dataset = common.ArrayDataset(images, labels, 3, torch.device("cpu"))
-    part = common.few_labels(dataset, 0.1, seed=0)
+    part = common.subsample_per_class(dataset, 0.1, seed=0)
     assert len(part) == 7 and torch.bincount(part.labels).tolist() == [4, 2, 1] and len(dataset) == 62
     assert torch.equal(labels[part.images[:, 0, 0, 0].long()], part.labels)
-    assert torch.equal(part.images, common.few_labels(dataset, 0.1, seed=0).images)
-    assert not torch.equal(part.images, common.few_labels(dataset, 0.1, seed=1).images)
+    assert torch.equal(part.images, common.subsample_per_class(dataset, 0.1, seed=0).images)
+    assert not torch.equal(part.images, common.subsample_per_class(dataset, 0.1, seed=1).images)
     folder = common.FolderDataset(image_folder / "train")
-    part = common.few_labels(folder, 0.5, seed=0)
+    part = common.subsample_per_class(folder, 0.5, seed=0)
     assert len(part) == len(folder) // 2 and torch.bincount(part.labels).tolist() == [4, 4]
     for path, label in zip(part.paths, part.labels, strict=True):
         assert folder.classes[label] in path.decode().split("/")
@@ -258,7 +258,9 @@ def test_folder_decodes_every_kind_of_file_and_crops_for_evaluation(image_folder
 
     dataset = common.FolderDataset(image_folder / "train")
     assert len(dataset) == 16 and dataset.num_classes == 2 and dataset.classes == ["ant", "bee"]
-    (images,), labels, unreadable = dataset[common.Job(np.arange(16), [common.View(28, scale=None)], None, None)]
+    (images,), labels, unreadable = dataset[
+        common.BatchRequest(np.arange(16), [common.View(28, scale=None)], None, None)
+    ]
     assert images.dtype == torch.uint8 and images.shape == (16, 3, 28, 28) and labels.tolist() == [0] * 8 + [1] * 8
     assert not unreadable
     for path, image in zip(dataset.paths, images, strict=True):
@@ -534,7 +536,8 @@ def test_widened_networks_have_swavs_shapes_and_are_told(times):
         assert list(shapes[key]) == channels, key
     assert shapes.keys() == expected.keys()
     assert (
-        common.recognize("file", {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}, 224) == name
+        common.infer_arch("file", {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}, 224)
+        == name
     )
 
 

@@ -13,7 +13,7 @@ from conftest import on_processes, run, run_script
 
 import common
 import linear_eval
-from linear_eval import Probe, cached_batches, decay, judge
+from linear_eval import Probe, cached_batches, evaluate, lr_factor
 
 
 def test_heads_share_features_but_not_learning():
@@ -44,7 +44,7 @@ def test_verdict_by_hand():
     head.weight.data.copy_(torch.eye(8))
     head.bias.data.zero_()
     features = torch.tensor([[8.0, 7, 6, 5, 4, 3, 2, 1]] * 3 + [[1.0, 2, 3, 4, 5, 6, 7, 8]])  # told 0, 0, 0 and 7
-    verdict = judge(head, features, torch.tensor([0, 4, 5, 7]))
+    verdict = evaluate(head, features, torch.tensor([0, 4, 5, 7]))
     assert verdict["top1"] == 50.0 and verdict["top5"] == 75.0
     assert verdict["per_class"] == [100.0, None, None, None, 0.0, 0.0, None, 100.0]
     confusion = torch.tensor(verdict["confusion"])
@@ -63,9 +63,9 @@ def test_plain_and_weighted_votes():
 
 
 def test_learning_rate_falls_at_60_and_80_percent_or_by_discos_halvings():
-    factors = [decay("steps", epoch, 100) for epoch in (0, 59, 60, 79, 80, 99)]
+    factors = [lr_factor("steps", epoch, 100) for epoch in (0, 59, 60, 79, 80, 99)]
     assert factors == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
-    factors = [decay("halvings", epoch, 100) for epoch in range(100)]
+    factors = [lr_factor("halvings", epoch, 100) for epoch in range(100)]
     falls = [epoch for epoch in range(1, 100) if factors[epoch] < factors[epoch - 1]]
     assert falls == [5, 10, 15, 20, 25, 30, 35, 40, 45, 60, 80] and factors[99] == 0.5**11
 
@@ -229,7 +229,7 @@ def test_labels_by_list_and_by_fraction(tmp_path, image_folder, teacher_file):
     run(f"{line} --knn 2 --epochs 1 --lr 1 --label-fraction 0.25 --out {tmp_path}/part")
     for folder in ("list", "part"):
         assert json.loads((tmp_path / folder / "config.json").read_text())["inputs"]["images"] == [4, 16]
-    listed = common.listed_images(common.FolderDataset(image_folder / "train"), names)
+    listed = common.subset_from_list(common.FolderDataset(image_folder / "train"), names)
     assert [path.decode()[-9:] for path in listed.paths] == ["ant/0.jpg", "ant/3.jpg", "ee/1.JPEG", "bee/7.jpg"]
     assert listed.labels.tolist() == [0, 0, 1, 1]
 

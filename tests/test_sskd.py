@@ -12,7 +12,7 @@ from conftest import GOLDEN, GoldenBackbone, on_processes, run, run_script
 
 import common
 import sskd
-from sskd import SSKD, kept_rows, noisy_labels, ss_head_loss, sskd_losses, step_lr
+from sskd import SSKD, noisy_labels, selective_transfer_mask, ss_head_loss, sskd_losses, step_lr
 
 WEIGHTS = {"ce": 0.1, "kd": 0.9, "tf": 2.7, "ss": 10.0}
 
@@ -35,10 +35,12 @@ def test_golden_losses_kept_rows_and_gradients(vectors):
     loss.backward()
     for name, tensor in (("student_logits", logits), ("student_ss_features", embedding)):
         torch.testing.assert_close(tensor.grad, vectors[f"grad_{name}"], rtol=2e-4, atol=1e-6)
-    kept = kept_rows(sskd.rotated(teacher[0]), vectors["labels"].repeat_interleave(3), options["tf_ratio"])
+    kept = selective_transfer_mask(
+        sskd.rotated(teacher[0]), vectors["labels"].repeat_interleave(3), options["tf_ratio"]
+    )
     assert torch.equal(kept.nonzero()[:, 0], vectors["kept_tf"])
     similarity = sskd.similarities(teacher[1])
-    kept = kept_rows(similarity, sskd.own_image(similarity), options["ss_ratio"])
+    kept = selective_transfer_mask(similarity, sskd.positive_targets(similarity), options["ss_ratio"])
     assert torch.equal(kept.nonzero()[:, 0], vectors["kept_ss"])
     assert ss_head_loss(vectors["head_features"]).item() == pytest.approx(vectors["head_loss"].item(), rel=2e-5)
 
@@ -48,8 +50,11 @@ def test_ties_in_the_error_level_are_broken_in_a_fixed_order():
     target = torch.tensor([0, 1, 0, 2, 2])  # levels 0, 1, 2, 2, 1
     rows = {0.0: [1, 0, 0, 0, 0], 0.25: [1, 1, 0, 0, 0], 0.5: [1, 1, 0, 0, 1], 0.75: [1, 1, 1, 0, 1], 1.0: [1] * 5}
     for ratio, expected in rows.items():
-        assert kept_rows(scores, target, ratio).tolist() == expected, ratio
-    assert kept_rows(scores[2:4], target[2:4], 0.4).tolist() == [0, 0]  # nothing left: the loss is 0, not 0 / 0
+        assert selective_transfer_mask(scores, target, ratio).tolist() == expected, ratio
+    assert selective_transfer_mask(scores[2:4], target[2:4], 0.4).tolist() == [
+        0,
+        0,
+    ]  # nothing left: the loss is 0, not 0 / 0
     loss = sskd.kd_loss(scores[2:4], scores[:2], 4.0, torch.zeros(2))
     assert loss == 0
 
@@ -93,10 +98,10 @@ def student_share(weights):
 
 def head_share():
     model = tiny_model()
-    parallel = common.distribute(model.teacher_head)
+    ddp_model = common.distribute(model.teacher_head)
 
     def loss_of(images, labels):
-        return {"loss": ss_head_loss(common.gather_with_gradient(parallel(model.teacher.features(images))))}
+        return {"loss": ss_head_loss(common.gather_with_gradient(ddp_model(model.teacher.features(images))))}
 
     return train(model, model.teacher_head.parameters(), loss_of)
 
