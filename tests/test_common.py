@@ -3,14 +3,13 @@
 import argparse
 import json
 import os
-import re
 
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 import torchvision
-from conftest import GOLDEN, ROOT, golden_fill, on_processes
+from conftest import GOLDEN, golden_fill, on_processes
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as TF
 
@@ -420,27 +419,6 @@ def test_a_labelled_file_without_a_classifier_or_with_another_is_refused(tmp_pat
         common.load_classifier(tmp_path / "seven.pth", num_classes=10)
     with pytest.raises(common.UserError, match="squeezenet1_1"):
         common.build_classifier("squeezenet1_1", 10)
-
-
-def test_readmes_lines_use_the_result(tmp_path, monkeypatch):
-    """What a run leaves is a plain network: for torchvision, for a detector, for torch.export."""
-    monkeypatch.chdir(tmp_path)
-    for folder, arch in (("disco", "efficientnet_b0"), ("resnet18", "resnet18")):
-        (tmp_path / "runs" / folder).mkdir(parents=True)
-        torch.save(common.build_backbone(arch).state_dict(), tmp_path / "runs" / folder / "backbone.pth")
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    names = {}
-    for block in blocks:
-        exec(block, names)
-    assert len(blocks) == 3 and names["left"].missing_keys == ["classifier.1.weight", "classifier.1.bias"]
-    assert not names["left"].unexpected_keys and names["logits"].shape == (5, 10)
-    names["detector"].eval()([torch.rand(3, 64, 64)])
-    told = re.search(r"EfficientNet-B0 of ([\d,]+) .*?ResNet-50 of ([\d,]+) or a ResNet-101 of ([\d,]+),",
-                     (ROOT / "README.md").read_text().replace("\n", " "))  # fmt: skip
-    for arch, count in zip(("efficientnet_b0", "resnet50", "resnet101"), told.groups(), strict=True):
-        with torch.device("meta"):
-            parameters = sum(p.numel() for p in common.build_backbone(arch).parameters())
-        assert f"{parameters:,}" == count
 
 
 def test_vgg_of_small_images_is_cifars():
