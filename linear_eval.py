@@ -240,33 +240,25 @@ def fine_tune(args, run, name, encoder, train, val, loader, size, device):
 def train_classifier(args, run, name, model, groups, batches, per_epoch, judged, device):
     """Train `model` for all epochs on `batches(step, stop)`, or go on with it; each group of weights has its rate."""
     rates = [group["lr"] for group in groups]
-    optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=args.weight_decay, fused=True)
+    optimizer = common.sgd(groups, rates[0], args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=args.finetune and args.amp == "fp16")
-    step = run.resume(model, optimizer, scaler, of=name)
-    # A probe is trained on the whole batch by every process alike: cheaper than to exchange its gradients
+    run.resume(model, optimizer, scaler, of=name)
+    # Every process trains a probe on the whole batch: cheaper than to exchange its gradients
     ddp_model = common.distribute(model) if args.finetune else model
 
-    steps = args.epochs * per_epoch
-    stop = min(steps, args.max_steps or steps)
-    run.start_bar(step, stop, args.batch_size, name)
-    while step < stop:
-        epoch = step // per_epoch
+    for epoch in run.epochs(args.epochs, per_epoch):
         factor = lr_factor(args.schedule, epoch, args.epochs)
         for group, lr in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = lr * factor
-        for inputs, labels in batches(step, stop):
+        for inputs, labels in run.batches(batches):
             logits = ddp_model(inputs)
             losses = torch.stack([F.cross_entropy(x, labels) for x in logits.view(-1, *logits.shape[-2:])])
             optimizer.zero_grad()
             scaler.scale(losses.sum()).backward()  # each layer's gradient is its own
             scaler.step(optimizer)
             scaler.update()
-            step += 1
-            epoch_ends = step % per_epoch == 0 or step == stop
-            run.track(step, epoch, {"loss": losses.min()}, args.lr[0] * factor, epoch_ends)
-        run.log({"weights": name, "step": step, "epoch": epoch, "top1": [verdict["top1"] for verdict in judged()]})
-        run.save(step)
-    run.bar.close()
+            run.track({"loss": losses.min()}, args.lr[0] * factor)
+        run.log({"weights": name, "top1": [verdict["top1"] for verdict in judged()]})
 
 
 @torch.no_grad()
@@ -275,7 +267,7 @@ def draw_neighbours(run, file_name, train, val, train_set, val_set, size, querie
 
     A frame is blue where the neighbour's class is the query's, and red where it is another.
     """
-    run.name_unreadable(0)
+    run.name_unreadable()
     if common.rank() > 0:
         return
     rows = torch.linspace(0, len(val_set[0]) - 1, queries).long().unique()
