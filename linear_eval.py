@@ -146,7 +146,7 @@ def main():
     train = common.subsample_per_class(train, args.label_fraction, args.seed)
     if max(args.knn) > len(train):
         raise common.UserError(f"--knn {max(args.knn)} is larger than the {len(train)} training images")
-    crop = common.View(size, scale=(0.08, 1.0), color=False)
+    crop = common.View(size, scale=(0.08, 1.0), augment=None)
     loader = common.Loader(train, [crop], args.batch_size, args.seed, args.workers, device)
     encoders = {name: files.get(name) or untrained(name, args.arch, size, args.seed) for name in args.weights}
     for name, encoder in encoders.items():
@@ -316,7 +316,7 @@ def draw_neighbours(run, file_name, train, val, train_set, val_set, size, querie
     rows = torch.linspace(0, len(val_set[0]) - 1, queries).long().unique()
     _, nearest = common.nearest_neighbours(train_set[0], val_set[0][rows], min(neighbours, len(train_set[0])))
     right = train_set[1][nearest] == val_set[1][rows, None]
-    view = common.View(size, scale=None, color=False)
+    view = common.View(size)
     tiles = []
     for row, found, same in zip(rows, nearest, right, strict=True):
         for dataset, numbers, frames in ((val, row[None], [None]), (train, found, same.tolist())):
