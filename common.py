@@ -846,28 +846,24 @@ def make_dataloader(dataset, requests, workers, device):
 
 
 def worker_init(worker):
-    """Leave signals that all processes of a job get to the main one: it needs its workers until it has saved.
+    """Make a worker ignore the signals that all processes of a job get: the run needs it until all is saved.
 
-    When it ends then, a worker that was about to hand it a batch says nothing.
+    A worker obeys SIGTERM of the main process alone.
     """
-
-    def tell_error(kind, *error):
-        if not issubclass(kind, (ConnectionError, EOFError)):
-            sys.__excepthook__(kind, *error)
-
-    sys.excepthook = tell_error
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    if not hasattr(signal, "sigwaitinfo"):  # macOS
-        return
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    # Of the thread that hands over batches; it fails when the main process ends first
+    sys.excepthook = lambda *error: None
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=exit_with_parent, daemon=True).start()
 
-    def obey_the_main_process():
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-            continue
-        os._exit(0)
 
-    threading.Thread(target=obey_the_main_process, daemon=True).start()
+def exit_with_parent():
+    """End this process when its parent sends SIGTERM."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        continue
+    os._exit(0)
 
 
 def to_device(loader, device):
