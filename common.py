@@ -29,11 +29,13 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
 import zipfile
 from collections import namedtuple
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -303,18 +305,18 @@ def common_parser(script, docstring, *, epochs, batch_size, lr, weight_decay):
 # ----------------------------------------------------------------------------------------------------------------- Data
 
 SMALL_SETS = ("cifar10", "cifar100", "stl10", "fashion_mnist")
-# Mean and deviation of red, green and blue pixels, as released networks expect them.
+# Mean and standard deviation of red, green and blue, as released networks expect them.
 IMAGENET_MEAN_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR_MEAN_STD = (0.5071, 0.4866, 0.4409), (0.2675, 0.2565, 0.2761)
-# A batch to make: which images, how, with which random numbers, and the seeds that pick others for unreadable ones.
-# For evaluation the last two are None.
-BatchRequest = namedtuple("BatchRequest", "indices views random_params seeds")
+# The key of both data sets: indices of n images, views to make of each, random numbers (views, n, CROP_PARAMS), and
+# (seed, epoch), which choose replacements of unreadable images. Evaluation passes None for the last two.
+BatchRequest = namedtuple("BatchRequest", "indices views random_params seeds", defaults=(None, None))
 
 
 class ArrayDataset:
-    """A small set as one uint8 tensor (N, 3, H, W) on the training device: a batch is cropped there in one go.
+    """A small set as one uint8 tensor (N, 3, H, W) on the training device, which crops a whole batch at once.
 
-    mean_std: mean and deviation of the pixels, by which `normalize` goes.
+    mean_std: mean and standard deviation of the channels, for `normalize` (default: ImageNet's).
     """
 
     in_memory = True
@@ -329,107 +331,139 @@ class ArrayDataset:
         return len(self.images)
 
     def __getitem__(self, request):
-        """Views of a `BatchRequest`, a list of float tensors (n, 3, size, size) in [0, 1], and labels (n,)."""
-        indices = torch.from_numpy(request.indices).to(self.images.device)
+        """Views of a `BatchRequest`, a list of float tensors (n, 3, size, size) in [0, 1], labels (n,) and {}."""
+        indices = torch.from_numpy(request.indices).to(self.images.device, non_blocking=True)
         images = self.images[indices].float().div_(255)
         height, width = images.shape[2:]
-        out = []
+        views = []
         for i, view in enumerate(request.views):
-            boxes = np.tile([0, 0, height, width], (len(images), 1))
-            flips = np.zeros(len(images), dtype=bool) if view.scale is None else flip_coins(request.random_params[i])
-            if view.scale and not view.padding:
-                boxes = crop_boxes(request.random_params[i], height, width, view.scale)
-            elif height == width == view.size:
-                out.append(mirror(images, flips))
-                continue
-            out.append(crop_and_resize(images, boxes, flips, view.size))
-        return out, self.labels[indices], {}
+            if request.random_params is None:  # evaluation: the whole image, not flipped
+                random_params, scale = np.ones((len(images), CROP_PARAMS)), None
+            else:
+                random_params, scale = request.random_params[i], view.scale
+            boxes = crop_boxes(random_params, height, width, scale)
+            views.append(crop_and_resize(images, boxes, flip_coins(random_params), view.size))
+        return views, self.labels[indices], {}
 
 
 class FolderDataset:
-    """Image files in ImageNet's layout, ROOT/CLASS/*.jpg: decoded and cropped in workers, as uint8 all the way."""
+    """Image files in ImageNet's layout, ROOT/CLASS/*.jpg, which workers decode and crop as uint8 tensors."""
 
     in_memory = False
     mean_std = IMAGENET_MEAN_STD
-    unreadable = {}  # noqa: RUF012  path: reason, of all folders that this process, or another that told it, has read
-    tries = 10  # images that may be unreadable one after the other
+    unreadable = {}  # noqa: RUF012  {path: reason}, of all instances
+    tries = 10  # how many unreadable images in a row end the run
 
     def __init__(self, root):
-        try:
-            found = torchvision.datasets.ImageFolder(root)
-        except OSError as error:
-            raise UserError(f"{root}: {str(error).splitlines()[0]}") from None
-        # One array of bytes: a list of 1.3 million strings would be copied page by page into every worker.
-        self.paths = np.array([os.fsencode(path) for path, _ in found.samples])
-        self.labels = torch.tensor(found.targets)
-        self.classes = found.classes
-        self.num_classes = len(found.classes)
+        self.paths, self.labels, self.classes = list_folder(Path(root))
+        self.num_classes = len(self.classes)
 
     def __len__(self):
         return len(self.paths)
 
-    def __getitem__(self, request):
-        """Views of a `BatchRequest`, a list of uint8 tensors (n, 3, size, size), labels (n,), {path: reason}.
+    def path(self, index):
+        """Path of an image file, a string."""
+        return os.fsdecode(self.paths[index].numpy().tobytes().rstrip(b"\0"))
 
-        In an unreadable image's place stands another, which follows from seed, epoch and image; in evaluation a black
-        one, with label -1.
+    def __getitem__(self, request):
+        """Views of a `BatchRequest`, uint8 tensors (n, 3, size, size), labels (n,) and {unreadable path: reason}.
+
+        Another image, chosen by seed, epoch and index, replaces an unreadable one; in evaluation, a black image with
+        label -1. An error is returned and not raised, because a worker would raise it as a traceback.
         """
-        shape = (len(request.indices), 3)
-        out = [torch.zeros(*shape, view.size, view.size, dtype=torch.uint8) for view in request.views]
-        labels = torch.full((len(request.indices),), -1)
+        n = len(request.indices)
+        views = [torch.zeros(n, 3, view.size, view.size, dtype=torch.uint8) for view in request.views]
+        labels = torch.full((n,), -1)
         unreadable = {}
-        for n, index in enumerate(request.indices):
+        for row, index in enumerate(request.indices):
             index, image = self.read(index, request.seeds, unreadable)
-            if image is None and request.seeds is not None:
-                path, reason = unreadable.popitem()  # returned, not raised: out of a worker it would be a traceback
+            if image is None and request.seeds:
+                path, reason = unreadable.popitem()
                 return UserError(f"{self.tries} unreadable images, one after the other, the last {path} ({reason}): "
                                  "repair or remove them")  # fmt: skip
             if image is None:
                 continue
-            labels[n] = self.labels[index]
+            labels[row] = self.labels[index]
             for i, view in enumerate(request.views):
-                random_params = None if view.scale is None else request.random_params[i, n : n + 1]
-                out[i][n] = crop_image(image, view, random_params)
-        return out, labels, unreadable
+                random_params = request.random_params[i, row : row + 1] if request.seeds else None
+                views[i][row] = crop_image(image, view, random_params)
+        return views, labels, unreadable
 
     def read(self, index, seeds, unreadable):
-        """Number and pixels (3, H, W) of an image or of the first readable one in its place; pixels None if none is."""
+        """Index and pixels of an image, or of the first readable replacement; pixels are None if there is none."""
         for attempt in range(self.tries if seeds else 1):
-            path = os.fsdecode(self.paths[index])
+            path = self.path(index)
             try:
                 return index, read_image(path)
-            except Exception as error:  # decoders of broken files raise all kinds
+            except Exception as error:  # decoders raise many types for broken files
                 unreadable[path] = (str(error).splitlines() or [type(error).__name__])[0]
             if seeds:
                 index = np.random.default_rng([*seeds, index, attempt]).integers(len(self))
         return index, None
 
 
-def read_image(path):
-    """Decode any image file to uint8 RGB (3, H, W): grey, palette, CMYK and transparent ones too."""
+@cache
+def list_folder(root):
+    """Paths, labels and class names of the images in ROOT/CLASS/, in the order of torchvision's ImageFolder.
+
+    Paths are rows of bytes, a uint8 tensor (N, longest) filled up with zeros. One process of each machine lists the
+    folder into a temporary file; all of them and their workers map that file, so its memory is used once.
+    """
+    local_rank, listing = int(os.environ.get("LOCAL_RANK", 0)), None
     try:
-        return TF.to_dtype(torchvision.io.decode_image(path, mode="RGB"), torch.uint8, scale=True)  # from 16 bits, too
-    except (RuntimeError, AttributeError):  # another format, a broken file, or a torchvision that decodes no more
+        if local_rank == 0:
+            found = torchvision.datasets.ImageFolder(root)
+            paths = np.array([os.fsencode(path) for path, _ in found.samples])
+            file = tempfile.NamedTemporaryFile()
+            file.write(paths)
+            file.flush()
+            listing = file.name, np.bincount(found.targets), found.classes
+    except OSError as error:
+        raise UserError(f"cannot list {root} ({str(error).splitlines()[0]})") from None
+    if world_size() > 1:
+        listings = [None] * world_size()
+        dist.all_gather_object(listings, listing)
+        listing = listings[rank() - local_rank]
+    name, counts, classes = listing
+    with open(name, "r+b") as shared:  # torch sends such a storage to spawned workers as a file descriptor
+        storage = torch.UntypedStorage._new_shared_fd_cpu(shared.fileno(), os.stat(name).st_size)
+    gather(torch.zeros(1))  # all have opened the file before it loses its name
+    labels = torch.arange(len(classes)).repeat_interleave(torch.from_numpy(counts))
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(len(labels), -1), labels, classes
+
+
+def read_image(path):
+    """Decode any image file to uint8 RGB (3, H, W); transparent pixels become white, an animation its first frame."""
+    try:
+        return torchvision.io.decode_jpeg(torchvision.io.read_file(path), mode="RGB")
+    except (RuntimeError, AttributeError):  # another format, a broken file, or a torchvision without decoders
         with Image.open(path) as image:
+            if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
+                levels = np.asarray(image)
+                grey = np.rint(levels / 257).astype(np.uint8)
+                grey[levels == image.info.get("transparency")] = 255
+                return torch.from_numpy(grey).expand(3, -1, -1)
+            if image.has_transparency_data:
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image.convert("RGBA"))
             return TF.pil_to_tensor(image.convert("RGB"))
 
 
 def crop_image(image, view, random_params):
-    """One view of one uint8 image (3, H, W), by torchvision: random crop and flip, or the centre crop of evaluation."""
-    height, width = image.shape[1:]
+    """One view of a uint8 image (3, H, W): random crop and flip, or where random_params is None, the centre crop."""
     if random_params is None:  # shorter side to 256 where the crop is 224, the protocol of every paper here
         resized = TF.resize(image, [round(view.size * 256 / 224)], antialias=True)
         return TF.center_crop(resized, [view.size, view.size])
-    ((top, left, box_height, box_width),) = crop_boxes(random_params, height, width, view.scale).tolist()
-    crop = TF.resized_crop(image, top, left, box_height, box_width, [view.size, view.size], antialias=True)
+    (box,) = crop_boxes(random_params, *image.shape[1:], view.scale).tolist()
+    crop = TF.resized_crop(image, *box, [view.size, view.size], antialias=True)
     return TF.horizontal_flip(crop) if flip_coins(random_params).item() else crop
 
 
 def load_dataset(data, data_root, split, device, image_size=None):
     """Open one split of a data set and return (dataset, image size in pixels).
 
-    data: a folder, a name of `SMALL_SETS`, "shapes" or "shapes:COUNT"; None stands for data/imagenet.
-    split: "pretrain" (all images that a method may see without labels), "train" or "val".
+    data: a folder, a name of `SMALL_SETS`, "shapes" or "shapes:COUNT"; None means data/imagenet.
+    split: "pretrain" (all images that a method may use without labels), "train" or "val".
     """
     data = data or "data/imagenet"
     if data.partition(":")[0] == "shapes":
@@ -459,7 +493,7 @@ def load_labelled(data, data_root, device, image_size=None):
 
 
 def subsample_per_class(dataset, fraction, seed):
-    """The part of a data set that holds `fraction` of each class's images, at least one, picked by the seed."""
+    """A data set of `fraction` of each class's images, at least one, chosen by the seed."""
     if fraction == 1:
         return dataset
     labels = dataset.labels.cpu().numpy()
@@ -470,46 +504,20 @@ def subsample_per_class(dataset, fraction, seed):
     return subset(dataset, np.sort(order[place < np.maximum(1, np.rint(fraction * counts)).repeat(counts)]))
 
 
-def readable(dataset):
-    """Numbers of the images of a data set that could be read so far, an array: those that features have rows for."""
-    if dataset.in_memory or not FolderDataset.unreadable:
-        return np.arange(len(dataset))
-    unreadable = {os.fsencode(path) for path in FolderDataset.unreadable}
-    return np.array([number for number, path in enumerate(dataset.paths) if path not in unreadable])
-
-
-def subset_from_list(dataset, path):
-    """The part of a folder that a text file names, a line an image: its file name, as in SimCLR's lists, or its path.
-
-    Raises UserError for a set in memory and for a name that is not there.
-    """
-    if dataset.in_memory:
-        raise UserError(f"--label-list {path} names files, but --data has none: pass a folder, or --label-fraction")
-    try:
-        names = Path(path).read_text().split()
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read --label-list {path} ({error})") from None
-    places = {}
-    for number, file in enumerate(map(os.fsdecode, dataset.paths)):
-        places[Path(file).name] = places["/".join(Path(file).parts[-2:])] = number
-    absent = [name for name in names if name not in places]
-    if absent or not names:
-        raise UserError(f"--label-list {path} names {absent[0] if absent else 'no image'}, which the training images "
-                        "do not have")  # fmt: skip
-    return subset(dataset, np.unique([places[name] for name in names]))
-
-
-def subset(dataset, kept):
-    """A data set of the images with the numbers `kept`, an array."""
+def subset(dataset, indices):
+    """A data set of the images with these indices, an array."""
     part = copy.copy(dataset)
     for name in ("images", "paths", "labels"):
         if hasattr(dataset, name):
-            setattr(part, name, getattr(dataset, name)[kept])
+            setattr(part, name, getattr(dataset, name)[indices])
     return part
 
 
 def load_small_set(name, root, split):
-    """uint8 images (N, 3, H, W), labels (N,) and number of classes of one of torchvision's sets, fetched if missing."""
+    """Images (N, 3, H, W) as uint8, labels (N,) and number of classes of one of torchvision's sets, fetched if missing.
+
+    Rank 0 fetches it; where machines do not share `root`, one process of each other machine then does.
+    """
     train = split != "val"
     sets = torchvision.datasets
     opener, options, num_classes = {
@@ -518,15 +526,16 @@ def load_small_set(name, root, split):
         "fashion_mnist": (sets.FashionMNIST, {"train": train}, 10),
         "stl10": (sets.STL10, {"split": {"pretrain": "unlabeled", "train": "train", "val": "test"}[split]}, 10),
     }[name]
-    try:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # one process of a machine fetches, the others wait for it
-            opener(root, download=True, **options)
-    except (OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{name} is not in {root} and could not be fetched ({reason}): pass --data-root") from None
-    if dist.is_initialized():
-        dist.barrier()
-    found = opener(root, **options)
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    turn = 0 if rank() == 0 else 1 if local_rank == 0 else 2
+    for now in range(3):
+        if turn == now:
+            try:
+                found = opener(root, download=local_rank == 0, **options)
+            except (OSError, RuntimeError) as error:
+                raise UserError(f"{name} is not in {root} and could not be fetched ({str(error).splitlines()[0]}): "
+                                "pass --data-root") from None  # fmt: skip
+        gather(torch.zeros(1))  # wait; on the CPU, since NCCL waits for ten minutes only
     images = torch.as_tensor(found.data)
     if images.ndim == 3:  # grey: three channels that share their memory
         images = images[:, None].expand(-1, 3, -1, -1)
@@ -559,9 +568,9 @@ TEXTURES = {  # a pattern over points (u, v), of period 2 pi; one ink where posi
 def draw_shapes(count, size, seed):
     """Draw the built-in set: uint8 images (count, 3, size, size) and labels (count,) in ten classes of equal size.
 
-    A class is a shape with a texture. Position, angle, scale, the texture's phase and period, background and noise vary
-    freely. Colours come from one palette and are only jittered: were they free, a contrastive loss would tell images
-    apart by colour and learn nothing else.
+    A class is a shape with a texture. Position, angle, scale, the texture's phase and period, background and noise
+    vary. Colours are one palette with small changes: with free colours, a contrastive loss would tell images apart by
+    colour and learn nothing else.
     """
     images = np.empty((count, 3, size, size), dtype=np.uint8)
     labels = np.arange(count) % (len(SHAPES) * len(TEXTURES))
@@ -597,35 +606,21 @@ def draw_shapes(count, size, seed):
 
 # --------------------------------------------------------------------------------------------------------- Augmentation
 #
-# Each function is torchvision's of the same name over a batch, with parameters of its own for every image. Which images
-# an operation touches is decided on the CPU, so nothing here waits for the device.
+# The operations are torchvision's over a batch, with a parameter for each image. The CPU decides which images an
+# operation changes, so nothing here waits for the device.
 
-CROP_PARAMS = 23  # random numbers that a crop and a flip take: ten tries of area and aspect, position, coin
-
-
-@dataclass(frozen=True)
-class View:
-    """How a view is made: crop of `scale` of the image's area, flip and, with `color`, MoCo v2's colour operations.
-
-    scale None stands for the centre crop of evaluation. With `padding`, CIFAR's augmentation: the whole image and flip,
-    then a crop of the same size at random after so many black pixels were put around. With `rotations` 4 an image
-    gives four in a row, turned counter-clockwise by 0, 90, 180 and 270 degrees: after the flip, which they share, and
-    before the crop from the padded image, which is drawn for each.
-    """
-
-    size: int
-    scale: tuple | None = (0.2, 1.0)
-    color: bool = True
-    padding: int = 0
-    rotations: int = 1
+CROP_PARAMS = 23  # random numbers for a crop and a flip: ten tries of area and aspect ratio, position, flip
 
 
 def crop_boxes(random_params, height, width, scale):
     """RandomResizedCrop's boxes in an image of height x width: (n, 4) integers top, left, height, width.
 
-    random_params: (n, CROP_PARAMS) in [0, 1). Ten tries of area and aspect ratio (3/4 to 4/3), the first that fits is
-    taken; where none does, the largest centre crop within the aspect ratios.
+    random_params: (n, CROP_PARAMS) in [0, 1). scale: range of a box's area, as a part of the image's; None gives whole
+    images. Of ten tries of area and aspect ratio (3/4 to 4/3), the first that fits; if none fits, the largest centre
+    crop of such a ratio.
     """
+    if scale is None:
+        return np.tile([0, 0, height, width], (len(random_params), 1))
     area = height * width * (scale[0] + (scale[1] - scale[0]) * random_params[:, :10])
     aspect = np.exp(np.log(4 / 3) * (2 * random_params[:, 10:20] - 1))
     heights, widths = np.rint(np.sqrt(area / aspect)), np.rint(np.sqrt(area * aspect))
@@ -640,21 +635,15 @@ def crop_boxes(random_params, height, width, scale):
 
 
 def flip_coins(random_params):
-    """Which images are mirrored, each with probability 1/2: (n, CROP_PARAMS) -> (n,) bool."""
+    """Which images to flip, each with probability 1/2: (n, CROP_PARAMS) -> (n,) bool."""
     return random_params[:, 22] < 0.5
 
 
-def mirror(images, flips):
-    """Flip the images (n, 3, H, W) for which flips, (n,) bool, say so."""
-    flips = torch.from_numpy(flips).to(images.device, non_blocking=True)
-    return torch.where(flips[:, None, None, None], images.flip(3), images)
-
-
 def crop_and_resize(images, boxes, flips, size):
-    """Crop, resize (bilinear, antialiased) and flip every image of a batch by its own box.
+    """Crop, resize (bilinear, antialiased) and flip each image of a batch by its own box: (n, 3, size, size).
 
-    Along each axis that is one linear map, so two batched matrix products do it. images: (n, 3, H, W) float;
-    boxes: (n, 4) top, left, height, width; flips: (n,) bool. Returns (n, 3, size, size).
+    This is a linear map along each axis, hence two batched matrix products. images: (n, 3, H, W) float;
+    boxes: (n, 4) top, left, height, width; flips: (n,) bool.
     """
     n, channels, height, width = images.shape
     boxes = torch.from_numpy(boxes).to(images.device, non_blocking=True)
@@ -677,28 +666,12 @@ def resize_weights(start, length, full, size):
     return weights / weights.sum(dim=2, keepdim=True)
 
 
-def rotate(images, count):
-    """Turn square images (n, 3, S, S) counter-clockwise by `count` multiples of 90 degrees: (count * n, 3, S, S).
-
-    Rows count * i to count * (i + 1) are image i.
-    """
-    return torch.stack([images.rot90(k, dims=(2, 3)) for k in range(count)], dim=1).flatten(0, 1)
-
-
-def pad_and_crop(images, offsets, padding):
-    """Crop images (n, 3, H, W) at their own offsets (n, 2), 0 to 2 * padding, from images padded with black."""
-    top, left = torch.from_numpy(offsets).to(images.device, non_blocking=True).unbind(dim=1)
-    height, width = images.shape[2:]
-    crops = F.pad(images, [padding] * 4).unfold(2, height, 1).unfold(3, width, 1)  # a view of all that there are
-    return crops[torch.arange(len(images), device=images.device), :, top, left]
-
-
 def draw_color(rng, n, size):
-    """MoCo v2's random colour parameters for n images, as a dict of arrays; rng: numpy.random.Generator.
+    """Random parameters of MoCo v2's colour operations for n images, a dict of arrays.
 
     Jitter (0.4, 0.4, 0.4, 0.1) with probability 0.8, its four operations in random order; grey with 0.2; blur of sigma
-    0.1 to 2 with 0.5. The papers' sigma is for 224 pixels and follows the image size here: at 32 pixels the same
-    numbers would wipe out what there is to see.
+    0.1 to 2 with 0.5. The paper's sigma is for 224 pixels and follows the image size here: at 32 pixels the same sigma
+    would remove most of the image's content.
     """
     return {
         "jitter": rng.random(n) < 0.8,
@@ -710,57 +683,53 @@ def draw_color(rng, n, size):
     }
 
 
-def augment_color(images, jitter, order, factors, grey, blur, sigma):
-    """Colour jitter, random grey and blur of floats (n, 3, H, W) in [0, 1], in place; parameters: `draw_color`."""
+def augment_color(images, rng):
+    """Colour jitter, random grey and blur of MoCo v2, in place. For images and rng, see `View`."""
+    drawn = draw_color(rng, len(images) * world_size(), images.shape[-1])
+    jitter, order, factors, grey, blur, sigma = map(local_share, drawn.values())
+    factors, sigma = (torch.from_numpy(x).to(images.device, images.dtype, non_blocking=True) for x in (factors, sigma))
 
     def apply(operation, mask, values):
-        rows = np.flatnonzero(mask)
-        if len(rows):
-            at = torch.from_numpy(rows).to(images.device, non_blocking=True)
-            values = torch.from_numpy(values[rows]).to(images.device, images.dtype, non_blocking=True)
-            images[at] = operation(images[at], values[:, None, None, None])
+        if mask.any():
+            rows = torch.from_numpy(np.flatnonzero(mask)).to(images.device, non_blocking=True)
+            images[rows] = operation(images[rows], values[rows].view(-1, 1, 1, 1))
 
     for position in range(4):
         for i, operation in enumerate((adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)):
             apply(operation, jitter & (order[:, position] == i), factors[:, i])
-    apply(lambda x, _: to_grey(x).expand_as(x), grey, sigma)
+    apply(lambda x, _: TF.rgb_to_grayscale(x, num_output_channels=3), grey, sigma)
     apply(gaussian_blur, blur, sigma)
     return images
 
 
-def to_grey(images):
-    """Luminance (n, 1, H, W)."""
-    return torch.einsum("nchw,c->nhw", images, images.new_tensor([0.2989, 0.587, 0.114]))[:, None]
-
-
 def adjust_brightness(images, factor):
-    """Blend with black. factor: (n, 1, 1, 1), here and below."""
+    """Blend images (n, 3, H, W) with black by factors (n, 1, 1, 1)."""
     return (images * factor).clamp_(0, 1)
 
 
 def adjust_contrast(images, factor):
     """Blend with the image's mean grey."""
-    return to_grey(images).mean(dim=(2, 3), keepdim=True).lerp(images, factor).clamp_(0, 1)
+    return TF.rgb_to_grayscale(images).mean(dim=(2, 3), keepdim=True).lerp(images, factor).clamp_(0, 1)
 
 
 def adjust_saturation(images, factor):
     """Blend with the grey image."""
-    return to_grey(images).lerp(images, factor).clamp_(0, 1)
+    return TF.rgb_to_grayscale(images).lerp(images, factor).clamp_(0, 1)
 
 
 def adjust_hue(images, shift):
-    """Turn the hue by `shift`, in turns (-0.5 to 0.5), through HSV."""
+    """Shift the hue by a part of the colour circle, -0.5 to 0.5, in HSV."""
     value, brightest = images.max(dim=1, keepdim=True)
     chroma = value - images.amin(dim=1, keepdim=True)
     red, green, blue = images.split(1, dim=1)
     sixth = torch.where(brightest == 0, green - blue, torch.where(brightest == 1, blue - red, red - green))
-    sixth = sixth / chroma.clamp(min=1e-8) + 2 * brightest + 6 * shift  # hue in sixths of a turn
-    k = (sixth + images.new_tensor([5.0, 3.0, 1.0]).view(1, 3, 1, 1)).remainder(6)
+    sixth = sixth / chroma.clamp(min=1e-8) + 2 * brightest + 6 * shift  # hue in sixths of the circle
+    k = (sixth + torch.arange(5, 0, -2, device=images.device).view(1, 3, 1, 1)).remainder(6)
     return value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)
 
 
 def gaussian_blur(images, sigma):
-    """Blur every image with a Gaussian of its own sigma, (n, 1, 1, 1) in pixels, cut off at three of the largest."""
+    """Blur each image by its own sigma (n, 1, 1, 1) in pixels; the kernel reaches to three times the largest sigma."""
     n, channels, height, width = images.shape
     radius = max(1, math.ceil(3 * 2.0 * max(height, width) / 224))
     offsets = torch.arange(-radius, radius + 1, device=images.device, dtype=images.dtype)
@@ -771,20 +740,42 @@ def gaussian_blur(images, sigma):
     return images.view(n, channels, height, width)
 
 
+@dataclass(frozen=True)
+class View:
+    """How to make a view of an image: crop, resize to `size` pixels, flip with probability 1/2, then `augment`.
+
+    scale: range of the crop's area, as a part of the image's; None takes the whole image.
+    augment: None, or a function (images, rng) that returns images: a batch of floats (n, 3, size, size) in [0, 1] on
+    the device, n a process. All processes have the same rng, a numpy.random.Generator: the function draws for the
+    global batch, n * world_size() images, and takes its `local_share`. It may return several rows an image.
+    """
+
+    size: int
+    scale: tuple | None = (0.2, 1.0)
+    augment: Callable | None = augment_color
+
+
 def normalize(images, mean_std):
-    """Float images (n, 3, H, W) in [0, 1] to zero mean and unit deviation, by a data set's statistics."""
-    return TF.normalize(images, *mean_std)
+    """Subtract each channel's mean from float images (n, 3, H, W) and divide by its standard deviation, in place."""
+    mean, std = constant(mean_std, images.device)[..., None, None]
+    return images.sub_(mean).div_(std)
+
+
+@cache
+def constant(values, device):
+    """A tensor of these numbers, copied to the device once, because each such copy waits for the device."""
+    return torch.tensor(values, device=device)
 
 
 # -------------------------------------------------------------------------------------------------------------- Loading
 
 
 class Loader:
-    """Batches of random views, the same images for any number of processes and workers.
+    """Batches of random views: the same images for any number of processes and workers.
 
-    All randomness of a batch follows from (seed, epoch, step) and is drawn here for the global batch, of which each
-    process takes its share: nothing depends on which worker or process makes an image, and a resumed run needs no
-    random state. One epoch is len(self) steps; what is left over at its end is seen in another epoch.
+    All random numbers of a batch follow from (seed, epoch, step). They are drawn here for the global batch, and each
+    process takes its share: they do not depend on who makes an image, and a resumed run needs no random state. An epoch
+    is len(self) steps; the images that do not fill a last batch are left out, others in each epoch.
     """
 
     def __init__(self, dataset, views, batch_size, seed, workers, device):
@@ -800,42 +791,34 @@ class Loader:
         return len(self.dataset) // self.batch_size
 
     def __iter__(self):
-        """Jobs of this process from `self.step` to `self.stop`, all in one epoch."""
+        """A `BatchRequest` of this process for each step from `self.step` to `self.stop`, all in one epoch."""
         epoch = self.step // len(self)
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset))
         for step in range(self.step, self.stop):
             first = step % len(self) * self.batch_size
             rng = np.random.default_rng([self.seed, epoch, step, 0])
             random_params = rng.random((self.batch_size, len(self.views), CROP_PARAMS))
-            indices = order[first : first + self.batch_size]
-            yield BatchRequest(
-                local_share(indices), self.views, local_share(random_params).swapaxes(0, 1), (self.seed, epoch)
-            )
+            indices = local_share(order[first : first + self.batch_size])
+            yield BatchRequest(indices, self.views, local_share(random_params).swapaxes(0, 1), (self.seed, epoch))
 
     def batches(self, step, stop):
-        """From the run's step number `step` to the end of its epoch, or to `stop` if that comes first.
+        """Batches from the run's step `step` to the end of its epoch, or to step `stop` if that comes first.
 
-        Yields (views, labels): a list of normalised float tensors (n, 3, size, size) on the device, n images a
-        process (n * rotations rows where a view has them), and labels (n,).
+        Yields (views, labels): a list of normalised float tensors (n, 3, size, size) on the device and labels (n,), n
+        images a process.
         """
         epoch = step // len(self)
         self.step, self.stop = step, min(stop, (epoch + 1) * len(self))
         for offset, (views, labels) in enumerate(to_device(self.loader, self.device)):
             rng = np.random.default_rng([self.seed, epoch, step + offset, 1])
             for i, view in enumerate(self.views):
-                if view.color:
-                    parameters = draw_color(rng, self.batch_size, view.size)
-                    augment_color(views[i], **{name: local_share(values) for name, values in parameters.items()})
-                if view.rotations > 1:
-                    views[i] = rotate(views[i], view.rotations)
-                if view.padding:
-                    offsets = rng.integers(0, 2 * view.padding + 1, (self.batch_size * view.rotations, 2))
-                    views[i] = pad_and_crop(views[i], local_share(offsets), view.padding)
+                if view.augment:
+                    views[i] = view.augment(views[i], rng)
             yield [normalize(images, self.dataset.mean_std) for images in views], labels
 
 
 def make_dataloader(dataset, requests, workers, device):
-    """DataLoader that makes one whole batch a job: in workers for files, in this process for a set in memory."""
+    """DataLoader over `BatchRequest`s: workers make whole batches of files, this process those of a set in memory."""
     workers = 0 if dataset.in_memory else workers
     return DataLoader(
         dataset,
@@ -849,32 +832,28 @@ def make_dataloader(dataset, requests, workers, device):
 
 
 def worker_init(worker):
-    """Leave signals that all processes of a job get to the main one: it needs its workers until it has saved.
+    """Make a worker ignore the signals that all processes of a job get: the run needs it until all is saved.
 
-    When it ends then, a worker that was about to hand it a batch says nothing.
+    A worker obeys SIGTERM of the main process alone.
     """
-
-    def tell_error(kind, *error):
-        if not issubclass(kind, (ConnectionError, EOFError)):
-            sys.__excepthook__(kind, *error)
-
-    sys.excepthook = tell_error
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    if not hasattr(signal, "sigwaitinfo"):  # macOS
-        return
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    # Of the thread that hands over batches; it fails when the main process ends first
+    sys.excepthook = lambda *error: None
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=exit_with_parent, daemon=True).start()
 
-    def obey_the_main_process():
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-            continue
-        os._exit(0)
 
-    threading.Thread(target=obey_the_main_process, daemon=True).start()
+def exit_with_parent():
+    """End this process when its parent sends SIGTERM."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        continue
+    os._exit(0)
 
 
 def to_device(loader, device):
-    """Batches of a `make_dataloader` on the device, views as floats in [0, 1]; unreadable images are put down."""
+    """Batches of `make_dataloader` on the device, views as floats in [0, 1]; records unreadable images."""
     for batch in loader:
         if isinstance(batch, UserError):
             raise batch
@@ -1559,8 +1538,8 @@ def extract_features(encoder, dataset, image_size, batch_size, workers, device):
             dist.broadcast(buffer, 0)
     share = -(-len(dataset) // world_size())
     indices = np.arange(rank() * share, (rank() + 1) * share) % len(dataset)  # what wraps round is cut off again
-    views = [View(image_size, scale=None, color=False)]
-    requests = [BatchRequest(indices[i : i + batch_size], views, None, None) for i in range(0, share, batch_size)]
+    views = [View(image_size)]
+    requests = [BatchRequest(indices[i : i + batch_size], views) for i in range(0, share, batch_size)]
     training = encoder.training
     encoder.eval()
     features, labels = [], []

@@ -16,6 +16,7 @@ the size that a checkpoint tells, at 32 pixels for networks made for those, at 2
 
 import hashlib
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -93,6 +94,40 @@ def frozen_batches(encoder, loader, step, stop):
         yield common.gather(encoder.features(images)), common.gather(labels)
 
 
+# ----------------------------------------------------------------------------------------------------------------- Data
+
+
+def subset_from_list(dataset, path):
+    """The part of a folder that a text file names, a line an image: its file name, as in SimCLR's lists, or CLASS/NAME.
+
+    Raises UserError for a set in memory, for a file that cannot be read and for a name that the folder does not have.
+    """
+    if dataset.in_memory:
+        raise common.UserError(f"--label-list {path} names files, but --data has none: pass a folder, or "
+                               "--label-fraction")  # fmt: skip
+    try:
+        names = Path(path).read_text().split()
+    except (OSError, ValueError) as error:
+        raise common.UserError(f"cannot read --label-list {path} ({error})") from None
+    places = {}
+    for number in range(len(dataset)):
+        file = Path(dataset.path(number))
+        places[file.name] = places[f"{file.parent.name}/{file.name}"] = number
+    absent = [name for name in names if name not in places]
+    if absent or not names:
+        raise common.UserError(f"--label-list {path} names {absent[0] if absent else 'no image'}, which the training "
+                               "images do not have")  # fmt: skip
+    return common.subset(dataset, np.unique([places[name] for name in names]))
+
+
+def readable(dataset):
+    """Numbers of the images that could be read so far, an array: those that features have rows for."""
+    unreadable = common.FolderDataset.unreadable
+    if dataset.in_memory or not unreadable:
+        return np.arange(len(dataset))
+    return np.array([number for number in range(len(dataset)) if dataset.path(number) not in unreadable])
+
+
 # ----------------------------------------------------------------------------------------------------------- Evaluation
 
 
@@ -107,11 +142,11 @@ def main():
     size = args.image_size or max(sizes, default=None)
     train, val, size = common.load_labelled(args.data, args.data_root, device, size)
     if args.label_list:
-        train = common.subset_from_list(train, args.label_list)
+        train = subset_from_list(train, args.label_list)
     train = common.subsample_per_class(train, args.label_fraction, args.seed)
     if max(args.knn) > len(train):
         raise common.UserError(f"--knn {max(args.knn)} is larger than the {len(train)} training images")
-    crop = common.View(size, scale=(0.08, 1.0), color=False)
+    crop = common.View(size, scale=(0.08, 1.0), augment=None)
     loader = common.Loader(train, [crop], args.batch_size, args.seed, args.workers, device)
     encoders = {name: files.get(name) or untrained(name, args.arch, size, args.seed) for name in args.weights}
     for name, encoder in encoders.items():
@@ -273,11 +308,11 @@ def draw_neighbours(run, file_name, train, val, train_set, val_set, size, querie
     rows = torch.linspace(0, len(val_set[0]) - 1, queries).long().unique()
     _, nearest = common.nearest_neighbours(train_set[0], val_set[0][rows], min(neighbours, len(train_set[0])))
     right = train_set[1][nearest] == val_set[1][rows, None]
-    view = common.View(size, scale=None, color=False)
+    view = common.View(size)
     tiles = []
     for row, found, same in zip(rows, nearest, right, strict=True):
         for dataset, numbers, frames in ((val, row[None], [None]), (train, found, same.tolist())):
-            numbers = common.readable(dataset)[numbers.cpu().numpy()]
+            numbers = readable(dataset)[numbers.cpu().numpy()]
             images = dataset[common.BatchRequest(numbers, [view], None, None)][0][0]
             images = common.TF.to_dtype(images.cpu(), torch.float32, scale=True)
             images = F.interpolate(images, max(64, size), mode="nearest")

@@ -21,6 +21,8 @@ ImageNet: 100 epochs of 256 images at a learning rate of 0.1, a head trained for
     torchrun --nproc_per_node=8 sskd.py --teacher torchvision --teacher-arch resnet34 --student resnet18
 """
 
+from functools import partial
+
 import numpy as np
 import torch
 import torch.nn as nn
@@ -96,6 +98,37 @@ def sskd_losses(student_logits, student_ss, teacher_logits, teacher_ss, labels, 
         "tf": kd_loss(rotated(student_logits), rotated(teacher_logits), tf_temperature, tf_kept),
         "ss": kd_loss(student_similarity, teacher_similarity, ss_temperature, ss_kept),
     }
+
+
+# --------------------------------------------------------------------------------------------------------- Augmentation
+
+
+def rotate_and_crop(images, rng, rotations, padding):
+    """Augmentation of a `common.View`: rotate each image, then crop each row at random from the padded row.
+
+    (n, 3, S, S) -> (rotations * n, 3, S, S). padding: black pixels on each side; 0 for no crop.
+    """
+    images = rotate(images, rotations)
+    if padding:
+        offsets = rng.integers(0, 2 * padding + 1, (len(images) * common.world_size(), 2))
+        images = pad_and_crop(images, common.local_share(offsets), padding)
+    return images
+
+
+def rotate(images, count):
+    """Rotate counter-clockwise by `count` multiples of 90 degrees, (n, 3, S, S) -> (count * n, 3, S, S).
+
+    Rows count * i to count * (i + 1) - 1 are image i.
+    """
+    return torch.stack([images.rot90(k, dims=(2, 3)) for k in range(count)], dim=1).flatten(0, 1)
+
+
+def pad_and_crop(images, offsets, padding):
+    """Crop images (n, 3, H, W), padded with black, to their size at their own offsets (n, 2), 0 to 2 * padding."""
+    top, left = torch.from_numpy(offsets).to(images.device, non_blocking=True).unbind(dim=1)
+    height, width = images.shape[2:]
+    crops = F.pad(images, [padding] * 4).unfold(2, height, 1).unfold(3, width, 1)  # a view of all possible crops
+    return crops[torch.arange(len(images), device=images.device), :, top, left]
 
 
 # --------------------------------------------------------------------------------------------------------------- Method
@@ -192,8 +225,9 @@ def main():
     for network in networks:
         network.amp = common.AMP[args.amp]
     model.to(device, memory_format=torch.channels_last)
-    crop = {"padding": round(size / 8)} if train.in_memory else {"scale": (0.08, 1.0)}
-    view = common.View(size, color=False, rotations=model.rotations, **crop)
+    padding, scale = (round(size / 8), None) if train.in_memory else (0, (0.08, 1.0))
+    augment = partial(rotate_and_crop, rotations=model.rotations, padding=padding)
+    view = common.View(size, scale, augment)
     loader = common.Loader(train, [view], args.batch_size, args.seed, args.workers, device)
 
     head_epochs = args.head_epochs if model.weights.get("ss") else 0
