@@ -220,6 +220,21 @@ def gather(x):
     return torch.cat(parts)
 
 
+def all_reduce(x):
+    """Sum every process's tensor, in place, and return it."""
+    if world_size() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def broadcast(value):
+    """Rank 0's value, a plain Python object, on every process."""
+    values = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
 def gather_with_gradient(x):
     """As `gather`, where a loss over the global batch needs gradients.
 
@@ -1563,73 +1578,90 @@ def describe_mismatch(expected, found):
 
 @torch.no_grad()
 def extract_features(encoder, dataset, image_size, batch_size, workers, device):
-    """Features of every readable image's centre crop, in order: (N, feature_dim) and labels (N,), on every process.
+    """Features of the centre crops of this process's share of the images, and the labels of all images.
 
-    The work is shared out over the processes, which all take rank 0's BatchNorm statistics; the backbone runs in eval
-    mode and is left in the mode it had.
+    Returns features (share, feature_dim) and labels (world_size * share,): rank r has the features of images r * share
+    to (r + 1) * share - 1. The label is -1 where an image cannot be read, and after the last image. The backbone runs
+    in eval mode with rank 0's BatchNorm statistics and is left in the mode it had.
     """
     if world_size() > 1:
         for buffer in encoder.buffers():
             dist.broadcast(buffer, 0)
     share = -(-len(dataset) // world_size())
-    indices = np.arange(rank() * share, (rank() + 1) * share) % len(dataset)  # what wraps round is cut off again
+    numbers = np.arange(len(dataset))[rank() * share :][:share]
     views = [View(image_size, scale=None, color=False)]
-    requests = [BatchRequest(indices[i : i + batch_size], views, None, None) for i in range(0, share, batch_size)]
+    starts = range(0, len(numbers), batch_size)
+    requests = [BatchRequest(numbers[i : i + batch_size], views, None, None) for i in starts]
+    features = torch.zeros(share, encoder.backbone.feature_dim, device=device)
+    labels = torch.full((share,), -1, device=device)
     training = encoder.training
     encoder.eval()
-    features, labels = [], []
-    for (images,), targets in to_device(make_dataloader(dataset, requests, workers, device), device):
-        features.append(encoder.features(normalize(images, dataset.mean_std)))
-        labels.append(targets)
+    batches = to_device(make_dataloader(dataset, requests, workers, device), device)
+    for start, ((images,), targets) in zip(starts, batches, strict=True):
+        features[start : start + len(targets)] = encoder.features(normalize(images, dataset.mean_std))
+        labels[start : start + len(targets)] = targets
     encoder.train(training)
-    features, labels = (gather(torch.cat(parts))[: len(dataset)] for parts in (features, labels))
-    return features[labels >= 0], labels[labels >= 0]
+    return features, gather(labels)
 
 
-KNN_BLOCK = 2**27  # similarities held at a time, half a gigabyte
-
-
-@torch.no_grad()
-def nearest_neighbours(train_features, features, k):
-    """The k training images with the highest cosine similarity, nearest first: similarities and numbers, (M, k) each.
-
-    train_features: (N, D), features: (M, D). Besides them no more than about a gigabyte is held at any size.
-    """
-    norms = train_features.norm(dim=1).clamp(min=1e-12)  # one number an image; a normalised copy would be all again
-    parts = []
-    for queries in F.normalize(features, dim=1).split(max(1, KNN_BLOCK // len(train_features))):
-        parts.append((queries @ train_features.T).div_(norms).topk(k, dim=1))
-    return (torch.cat(part) for part in zip(*parts, strict=True))
-
-
-def knn_accuracy(train_features, train_labels, features, labels, ks, num_classes, temperature=None):
-    """Accuracy in percent of a vote of the k nearest training images, for every k: a dict.
-
-    A vote counts 1, or exp(similarity / temperature) where there is a temperature (Wu et al., 2018). Ties go to the
-    class of the lower number. Features as in `nearest_neighbours`, the same on every process; labels: integers below
-    num_classes. The processes share the queries.
-    """
-    share = slice(rank(), None, world_size())
-    similarity, nearest = nearest_neighbours(train_features, features[share], max(ks))
-    return knn_vote_accuracy(similarity, train_labels[nearest], labels[share], ks, num_classes, temperature)
+KNN_BLOCK = 128, 2**14  # queries and training images that are compared at a time: 25 MiB
 
 
 @torch.no_grad()
-def knn_vote_accuracy(similarity, neighbours, labels, ks, num_classes, temperature=None):
-    """The same from this process's part of the queries: similarities and labels of their neighbours, nearest first."""
-    correct = torch.zeros(len(ks) + 1, dtype=torch.long, device=labels.device)
-    correct[-1] = len(labels)
-    for similar, near, target in zip(
-        similarity.split(2**10), neighbours.split(2**10), labels.split(2**10), strict=True
-    ):
-        weight = torch.ones_like(similar) if temperature is None else (similar / temperature).exp()
-        for i, k in enumerate(ks):
-            votes = weight.new_zeros(len(near), num_classes).scatter_add_(1, near[:, :k], weight[:, :k])
-            correct[i] += (votes.argmax(dim=1) == target).sum()
-    if world_size() > 1:
-        dist.all_reduce(correct)
-    *correct, count = correct.tolist()
-    return {k: 100 * right / count for k, right in zip(ks, correct, strict=True)}
+def nearest_neighbours(train, queries, k):
+    """The k training images of highest cosine similarity, nearest first: similarities and image numbers, (M, k) each.
+
+    train: features and labels from `extract_features`. queries: features (M, D), on each process M of its own, whose
+    neighbours it gets. Among equal similarities the lower number comes first, on any number of processes. Where fewer
+    than k images can be read, the last similarities are -inf.
+    """
+
+    def best(similarity, numbers):
+        similarity, places = similarity.topk(min(k, similarity.shape[1]), dim=1)
+        return similarity, numbers.gather(1, places)
+
+    features, labels = train
+    rows, columns = KNN_BLOCK
+    norms = features.norm(dim=1).clamp(min=1e-12)
+    numbers = local_share(torch.arange(len(labels), device=labels.device))
+    # Subtracted in float64: less than the rounding error of a similarity, it decides between equal ones.
+    offsets = (numbers.double() * 2**-52).masked_fill(local_share(labels) < 0, torch.inf)
+    found = []
+    for own in queries.split(max(1, rows // world_size())):
+        all_queries = F.normalize(gather(own), dim=1)
+        blocks = []
+        for start in range(0, len(features), columns):
+            part = slice(start, start + columns)
+            similarity = (all_queries @ features[part].T).div_(norms[part]) - offsets[part]
+            blocks.append(best(similarity, numbers[part].expand(len(all_queries), -1)))
+        of_share = best(*(torch.cat(parts, dim=1) for parts in zip(*blocks, strict=True)))
+        # Every process's best for the queries of this one: (M, world_size * k)
+        shape = world_size(), world_size(), len(own), -1
+        of_all = (gather(part).view(shape)[:, rank()].transpose(0, 1).flatten(1) for part in of_share)
+        found.append(best(*of_all))
+    similarity, numbers = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return similarity.float(), numbers
+
+
+@torch.no_grad()
+def knn_accuracy(train, val, ks, num_classes, temperature=0.07):
+    """Accuracies in percent of votes of the k nearest training images, {"knn": {k: ...}, "knn_weighted": {k: ...}}.
+
+    train, val: features and labels from `extract_features`. A plain vote counts 1, a weighted one
+    exp(similarity / temperature) (Wu et al., 2018). Ties go to the class of the lower number.
+    """
+    similarity, numbers = nearest_neighbours(train, val[0], max(ks))
+    parts = (part.split(2**10) for part in (similarity, train[1][numbers].clamp(min=0), local_share(val[1])))
+    correct = torch.zeros(2, len(ks), dtype=torch.long, device=numbers.device)
+    for similar, near, target in zip(*parts, strict=True):
+        for row, weight in enumerate((similar.isfinite().float(), (similar / temperature).exp())):
+            for column, k in enumerate(ks):
+                votes = weight.new_zeros(len(near), num_classes).scatter_add_(1, near[:, :k], weight[:, :k])
+                correct[row, column] += (votes.argmax(dim=1) == target).sum()
+    accuracies = (100 * all_reduce(correct).double() / (val[1] >= 0).sum()).tolist()
+    return {
+        name: dict(zip(ks, row, strict=True)) for name, row in zip(("knn", "knn_weighted"), accuracies, strict=True)
+    }
 
 
 class KnnProbe:
@@ -1642,8 +1674,7 @@ class KnnProbe:
     def __call__(self, encoder):
         """{"knn": accuracy in percent} of an Encoder's features."""
         train, val = (extract_features(encoder, dataset, *self.options) for dataset in self.sets)
-        k = min(20, len(train[0]))
-        return {"knn": knn_accuracy(*train, *val, [k], self.sets[0].num_classes)[k]}
+        return {"knn": knn_accuracy(train, val, [20], self.sets[0].num_classes)["knn"][20]}
 
 
 # ----------------------------------------------------------------------------------------------------------------- Runs

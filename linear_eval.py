@@ -14,6 +14,7 @@ the size that a checkpoint tells, at 32 pixels for networks made for those, at 2
     python linear_eval.py --data shapes --cached --weights runs/disco/backbone.pth random --arch resnet8
 """
 
+import functools
 import hashlib
 import time
 
@@ -51,16 +52,20 @@ def linear_classifier(dim, num_classes):
 def evaluate(head, features, labels):
     """Accuracies in percent of a linear layer on validation features, and its confusion matrix.
 
-    Returns {"top1", "top5", "per_class": a value a class (None where it has no image), "confusion": [true][predicted]}.
+    features, labels: from `common.extract_features`. Returns {"top1", "top5", "per_class": a value a class (None where
+    it has no image), "confusion": [true][predicted]}.
     """
+    labels = common.local_share(labels)
+    features, labels = features[labels >= 0], labels[labels >= 0]
     classes = head.out_features
     best = torch.cat([head(rows).topk(min(5, classes), dim=1).indices for rows in features.split(2**14)])
-    hits = best == labels[:, None]
     confusion = torch.bincount(labels * classes + best[:, 0], minlength=classes**2).view(classes, classes)
+    confusion = common.all_reduce(confusion)
+    top5 = common.all_reduce((best == labels[:, None]).sum()).item()
     right, count = confusion.diagonal().tolist(), confusion.sum(dim=1).tolist()
     return {
-        "top1": 100 * hits[:, 0].sum().item() / len(labels),
-        "top5": 100 * hits.any(dim=1).sum().item() / len(labels),
+        "top1": 100 * sum(right) / sum(count),
+        "top5": 100 * top5 / sum(count),
         "per_class": [100 * r / n if n else None for r, n in zip(right, count, strict=True)],
         "confusion": confusion.tolist(),
     }
@@ -77,20 +82,45 @@ def lr_factor(schedule, epoch, epochs):
     return factor ** sum(epoch >= round(milestone * epochs, 6) for milestone in milestones)
 
 
-def cached_batches(features, labels, batch_size, seed, step, stop):
-    """Shuffled batches from `step` to the end of its epoch, the same on every process: (features, labels)."""
-    per_epoch = len(features) // batch_size
-    epoch = step // per_epoch
-    order = torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(len(features))).to(features.device)
-    for batch in range(step, min(stop, (epoch + 1) * per_epoch)):
-        rows = order[batch % per_epoch * batch_size :][:batch_size]
-        yield features[rows], labels[rows]
+class CachedBatches:
+    """Shuffled batches of features that were extracted once, the same on every process; used as `common.Loader` is."""
+
+    def __init__(self, features, labels, batch_size, seed):
+        self.features, self.labels, self.batch_size, self.seed = features, labels, batch_size, seed
+        self.numbers = (labels >= 0).nonzero()[:, 0]  # of images that can be read
+
+    def __len__(self):
+        return len(self.numbers) // self.batch_size
+
+    def batches(self, step, stop):
+        """From step number `step` to the end of its epoch, or to `stop`: yields ([features], labels)."""
+        epoch = step // len(self)
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.numbers))
+        order = self.numbers[torch.from_numpy(order).to(self.numbers.device)]
+        for batch in range(step, min(stop, (epoch + 1) * len(self))):
+            numbers = order[batch % len(self) * self.batch_size :][: self.batch_size]
+            yield [gather_rows(self.features, numbers)], self.labels[numbers]
 
 
-def frozen_batches(encoder, loader, step, stop):
-    """The same from augmented images through the frozen backbone, which the processes share out."""
-    for (images,), labels in loader.batches(step, stop):
-        yield common.gather(encoder.features(images)), common.gather(labels)
+class FrozenBatches:
+    """The same of augmented images, whose features the processes compute together."""
+
+    def __init__(self, encoder, loader):
+        self.encoder, self.loader = encoder, loader
+
+    def __len__(self):
+        return len(self.loader)
+
+    def batches(self, step, stop):
+        for (images,), labels in self.loader.batches(step, stop):
+            yield [common.gather(self.encoder.features(images))], common.gather(labels)
+
+
+def gather_rows(features, numbers):
+    """Features (n, dim) of the images with these numbers, from all processes' shares."""
+    rows = numbers - common.rank() * len(features)
+    own = (rows >= 0) & (rows < len(features))
+    return common.all_reduce(features[rows.clamp(0, len(features) - 1)].where(own[:, None], 0))
 
 
 # ----------------------------------------------------------------------------------------------------------- Evaluation
@@ -120,7 +150,10 @@ def main():
 
     lists = [args.label_list] if args.label_list else []
     run = common.Run("linear_eval", args, train, val, files=[*files, *lists])
-    results = run.read("eval.json") or {}
+    extract = functools.partial(
+        common.extract_features, image_size=size, batch_size=args.batch_size, workers=args.workers, device=device
+    )
+    results = common.broadcast(run.read("eval.json") or {})
     for number, (name, encoder) in enumerate(encoders.items(), start=1):
         if name in results:
             continue
@@ -129,27 +162,33 @@ def main():
         if args.compile:
             encoder.backbone.compile()
         clock = [time.perf_counter()]
-        train_set, val_set = features_of(args, run, name, encoder, (train, val), size, device)
+        train_set, val_set = load_or_extract(run, name, encoder, (train, val), extract)
+        run.name_unreadable(0)
         clock.append(time.perf_counter())
-        votes = k_nearest(args, train_set, val_set, train.num_classes)
-        draw_neighbours(run, f"neighbors{number if number > 1 else ''}.png", train, val, train_set, val_set, size)
+        votes = common.knn_accuracy(train_set, val_set, args.knn, train.num_classes, args.knn_temperature)
+        picture = run.folder / f"neighbors{number if number > 1 else ''}.png"
+        draw_neighbours(picture, (train, val), (train_set, val_set), size)
         clock.append(time.perf_counter())
         result = {
             "parameters": sum(p.numel() for p in encoder.backbone.parameters()),
             "feature_dim": encoder.backbone.feature_dim,
             **votes,
         }
+        batches = loader if args.finetune else FrozenBatches(encoder, loader)
+        if args.cached:
+            batches = CachedBatches(*train_set, args.batch_size, args.seed)
+        del train_set  # its memory is free now, where no batches are drawn from it
         if args.finetune:
-            result["finetune"] = fine_tune(args, run, name, encoder, train, val, loader, size, device)
+            result["finetune"] = fine_tune(run, name, encoder, batches, val, extract)
         else:
-            result["linear"] = probe(args, run, name, encoder, train, loader, train_set, val_set, device)
+            result["linear"] = linear_probe(run, name, batches, val_set, train.num_classes)
         clock.append(time.perf_counter())
         seconds = dict(zip(("features", "knn", "training"), np.diff(clock).round(1).tolist(), strict=True))
         results[name] = result
         run.log({"weights": name, "step": args.epochs * len(loader), **votes, "seconds": seconds})
         run.write("eval.json", results)
     if common.rank() == 0:
-        print_table(results, args.knn)
+        print_table(results)
 
 
 def untrained(name, arch, image_size, seed):
@@ -162,83 +201,61 @@ def untrained(name, arch, image_size, seed):
     return common.Encoder(common.build_backbone(arch, image_size), nn.Identity()).requires_grad_(False).eval()
 
 
-def features_of(args, run, name, encoder, datasets, size, device):
-    """Features and labels of the centre crops of both data sets; with --cached from the run's folder, if there.
+def load_or_extract(run, name, encoder, datasets, extract):
+    """Features and labels of the data sets' centre crops; with --cached from the run's folder, if they are there.
 
-    Every image counts once, whatever the number of processes and the size of a batch.
+    Each process has a file with its share. Another number of processes finds none and extracts the features anew.
     """
-    path = run.folder / f"features.{hashlib.sha256(name.encode()).hexdigest()[:8]}.pth"
-    if args.cached and common.gather(torch.tensor([path.exists()])).all():
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    path = run.folder / f"features.{digest}.{common.rank()}of{common.world_size()}.pth"
+    if run.args.cached and common.gather(torch.tensor([path.exists()])).all():
+        device = next(encoder.parameters()).device
         return [[part.to(device) for part in features] for features in common.load_file(path, whole=True)]
-    features = [
-        common.extract_features(encoder, dataset, size, args.batch_size, args.workers, device) for dataset in datasets
-    ]
-    if args.cached and common.rank() == 0:
+    features = [extract(encoder, dataset) for dataset in datasets]
+    if run.args.cached:
         common.atomic_write(path, lambda file: torch.save(features, file))
     return features
 
 
-def k_nearest(args, train_set, val_set, num_classes):
-    """Accuracies in percent of plain and of weighted votes, for every k of --knn; the processes share the queries."""
-    features, labels = (part[common.rank() :: common.world_size()] for part in val_set)
-    similarity, nearest = common.nearest_neighbours(train_set[0], features, max(args.knn))
-    neighbours = train_set[1][nearest]
-    accuracies = {}
-    for name, temperature in (("knn", None), ("knn_weighted", args.knn_temperature)):
-        by_k = common.knn_vote_accuracy(similarity, neighbours, labels, args.knn, num_classes, temperature)
-        accuracies[name] = {str(k): accuracy for k, accuracy in by_k.items()}
-    return accuracies
+def linear_probe(run, name, batches, val_set, num_classes):
+    """Train a linear layer for each learning rate; returns the metrics of the best, and the accuracy of all."""
+    rates = run.args.lr
+    torch.manual_seed(run.args.seed)
+    probe = Probe(val_set[0].shape[1], num_classes, len(rates)).to(val_set[0].device)
+    groups = [{"params": head.parameters(), "lr": lr} for head, lr in zip(probe.heads, rates, strict=True)]
+
+    def evaluate_heads():
+        return [evaluate(head, *val_set) for head in probe.heads]
+
+    metrics = train_classifier(run, name, probe, groups, batches, evaluate_heads)
+    by_lr = {f"{lr:g}": of_head["top1"] for lr, of_head in zip(rates, metrics, strict=True)}
+    best = max(range(len(rates)), key=lambda i: metrics[i]["top1"])
+    return {"lr": rates[best], "top1_by_lr": by_lr, **metrics[best]}
 
 
-def probe(args, run, name, encoder, train, loader, train_set, val_set, device):
-    """Train a linear layer for each learning rate; returns the verdict on the best, and the accuracy of all."""
-    torch.manual_seed(args.seed)
-    heads = Probe(encoder.backbone.feature_dim, train.num_classes, len(args.lr)).to(device)
-    if args.cached:
-        per_epoch = len(train_set[0]) // args.batch_size
-
-        def batches(step, stop):
-            return cached_batches(*train_set, args.batch_size, args.seed, step, stop)
-    else:
-        per_epoch = len(loader)
-
-        def batches(step, stop):
-            return frozen_batches(encoder, loader, step, stop)
-
-    def judged():
-        return [evaluate(head, *val_set) for head in heads.heads]
-
-    groups = [{"params": head.parameters(), "lr": lr} for head, lr in zip(heads.heads, args.lr, strict=True)]
-    train_classifier(args, run, name, heads, groups, batches, per_epoch, judged, device)
-    verdicts = judged()
-    best = max(range(len(verdicts)), key=lambda rate: verdicts[rate]["top1"])
-    by_lr = {f"{lr:g}": verdict["top1"] for lr, verdict in zip(args.lr, verdicts, strict=True)}
-    return {"lr": args.lr[best], "top1_by_lr": by_lr, **verdicts[best]}
-
-
-def fine_tune(args, run, name, encoder, train, val, loader, size, device):
-    """Train the network and a linear layer on it, each at its rate; returns the verdict."""
-    torch.manual_seed(args.seed)
-    head = linear_classifier(encoder.backbone.feature_dim, train.num_classes)
-    network = common.Classifier(encoder.backbone.requires_grad_(True), head).to(device)
+def fine_tune(run, name, encoder, loader, val, extract):
+    """Train the network and a linear layer on it, each at its rate; returns the metrics."""
+    lr, backbone_lr = run.args.lr[0], run.args.backbone_lr
+    torch.manual_seed(run.args.seed)
+    head = linear_classifier(encoder.backbone.feature_dim, val.num_classes)
+    network = common.Classifier(encoder.backbone.requires_grad_(True), head).to(loader.device).train()
     network.amp = encoder.amp
-    groups = [{"params": network.backbone.parameters(), "lr": args.backbone_lr},
-              {"params": head.parameters(), "lr": args.lr[0]}]  # fmt: skip
+    groups = [{"params": network.backbone.parameters(), "lr": backbone_lr}, {"params": head.parameters(), "lr": lr}]
 
-    def batches(step, stop):
-        for (images,), labels in loader.batches(step, stop):
-            yield images, labels
+    def evaluate_network():
+        return [evaluate(head, *extract(network, val))]
 
-    def judged():
-        features = common.extract_features(network, val, size, args.batch_size, args.workers, device)
-        return [evaluate(head, *features)]
-
-    train_classifier(args, run, name, network.train(), groups, batches, len(loader), judged, device)
-    return {"lr": args.lr[0], "backbone_lr": args.backbone_lr, **judged()[0]}
+    (metrics,) = train_classifier(run, name, network, groups, loader, evaluate_network)
+    return {"lr": lr, "backbone_lr": backbone_lr, **metrics}
 
 
-def train_classifier(args, run, name, model, groups, batches, per_epoch, judged, device):
-    """Train `model` for all epochs on `batches(step, stop)`, or go on with it; each group of weights has its rate."""
+def train_classifier(run, name, model, groups, batches, evaluate_model):
+    """Train `model` on `batches` for all epochs, or go on with it; returns its metrics.
+
+    groups: weights with their learning rates. batches: as `common.Loader`. evaluate_model(): a list of metrics.
+    """
+    args, device, per_epoch = run.args, next(model.parameters()).device, len(batches)
+    metrics = None
     rates = [group["lr"] for group in groups]
     optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=args.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.finetune and args.amp == "fp16")
@@ -254,7 +271,7 @@ def train_classifier(args, run, name, model, groups, batches, per_epoch, judged,
         factor = lr_factor(args.schedule, epoch, args.epochs)
         for group, lr in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = lr * factor
-        for inputs, labels in batches(step, stop):
+        for (inputs,), labels in batches.batches(step, stop):
             logits = ddp_model(inputs)
             losses = torch.stack([F.cross_entropy(x, labels) for x in logits.view(-1, *logits.shape[-2:])])
             optimizer.zero_grad()
@@ -264,29 +281,33 @@ def train_classifier(args, run, name, model, groups, batches, per_epoch, judged,
             step += 1
             epoch_ends = step % per_epoch == 0 or step == stop
             run.track(step, epoch, {"loss": losses.min()}, args.lr[0] * factor, epoch_ends)
-        run.log({"weights": name, "step": step, "epoch": epoch, "top1": [verdict["top1"] for verdict in judged()]})
+        metrics = evaluate_model()
+        run.log({"weights": name, "step": step, "epoch": epoch, "top1": [values["top1"] for values in metrics]})
         run.save(step)
     run.bar.close()
+    return metrics or evaluate_model()
 
 
 @torch.no_grad()
-def draw_neighbours(run, file_name, train, val, train_set, val_set, size, queries=8, neighbours=10):
+def draw_neighbours(path, datasets, features, size, queries=8, neighbours=10):
     """Write a picture with a row for each query: a validation image and its nearest training images, nearest first.
 
-    A frame is blue where the neighbour's class is the query's, and red where it is another.
+    A frame is blue where the neighbour's class is the query's, and red where it is another. datasets, features: the
+    training and the validation images, and what `common.extract_features` returns for them.
     """
-    run.name_unreadable(0)
+    (train, val), (train_set, (val_features, val_labels)) = datasets, features
+    readable = (val_labels >= 0).nonzero()[:, 0]
+    rows = readable[torch.linspace(0, len(readable) - 1, queries).long().unique()]
+    neighbours = min(neighbours, (train_set[1] >= 0).sum().item())
+    _, nearest = common.nearest_neighbours(train_set, gather_rows(val_features, rows), neighbours)
     if common.rank() > 0:
         return
-    rows = torch.linspace(0, len(val_set[0]) - 1, queries).long().unique()
-    _, nearest = common.nearest_neighbours(train_set[0], val_set[0][rows], min(neighbours, len(train_set[0])))
-    right = train_set[1][nearest] == val_set[1][rows, None]
+    right = train_set[1][nearest] == val_labels[rows, None]
     view = common.View(size, scale=None, color=False)
     tiles = []
     for row, found, same in zip(rows, nearest, right, strict=True):
         for dataset, numbers, frames in ((val, row[None], [None]), (train, found, same.tolist())):
-            numbers = common.readable(dataset)[numbers.cpu().numpy()]
-            images = dataset[common.BatchRequest(numbers, [view], None, None)][0][0]
+            images = dataset[common.BatchRequest(numbers.cpu().numpy(), [view], None, None)][0][0]
             images = common.TF.to_dtype(images.cpu(), torch.float32, scale=True)
             images = F.interpolate(images, max(64, size), mode="nearest")
             for image, frame in zip(images, frames, strict=True):
@@ -295,21 +316,19 @@ def draw_neighbours(run, file_name, train, val, train_set, val_set, size, querie
                 tile[:, 4:-4, 4:-4] = image
                 tiles.append(tile)
     save = torchvision.utils.save_image
-    common.atomic_write(
-        run.folder / file_name, lambda file: save(tiles, file, nrow=len(tiles) // len(rows), format="png")
-    )
+    common.atomic_write(path, lambda file: save(tiles, file, nrow=len(tiles) // len(rows), format="png"))
 
 
-def print_table(results, ks):
-    """Print a line for each judged network, the best first."""
+def print_table(results):
+    """Print a line for each network, the best first."""
     protocol = "finetune" if any("finetune" in result for result in results.values()) else "linear"
     width = max(len("weights"), *map(len, results))
-    columns = [f"{k}-NN" for k in ks] + [protocol, "top-5", "at lr"]
+    columns = [f"{k}-NN" for k in next(iter(results.values()))["knn"]] + [protocol, "top-5", "at lr"]
     print(f"{'weights':{width}}  parameters" + "".join(f"{column:>9}" for column in columns))
     for name, result in sorted(results.items(), key=lambda item: -item[1][protocol]["top1"]):
-        verdict = result[protocol]
-        values = [result["knn"][str(k)] for k in ks] + [verdict["top1"], verdict["top5"]]
-        cells = "".join(f"{value:9.2f}" for value in values) + f"{verdict['lr']:9g}"
+        metrics = result[protocol]
+        values = [*result["knn"].values(), metrics["top1"], metrics["top5"]]
+        cells = "".join(f"{value:9.2f}" for value in values) + f"{metrics['lr']:9g}"
         print(f"{name:{width}}  {result['parameters']:10,}" + cells)
 
 
