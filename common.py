@@ -397,6 +397,10 @@ class FolderDataset:
     def __len__(self):
         return len(self.paths)
 
+    def path(self, index):
+        """Path of an image file, a string."""
+        return os.fsdecode(self.paths[index])
+
     def __getitem__(self, request):
         """Views of a `BatchRequest`, a list of uint8 tensors (n, 3, size, size), labels (n,), {path: reason}.
 
@@ -424,7 +428,7 @@ class FolderDataset:
     def read(self, index, seeds, unreadable):
         """Number and pixels (3, H, W) of an image or of the first readable one in its place; pixels None if none is."""
         for attempt in range(self.tries if seeds else 1):
-            path = os.fsdecode(self.paths[index])
+            path = self.path(index)
             try:
                 return index, read_image(path)
             except Exception as error:  # decoders of broken files raise all kinds
@@ -497,35 +501,6 @@ def subsample_per_class(dataset, fraction, seed):
     counts = np.bincount(labels)
     place = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)  # within the class
     return subset(dataset, np.sort(order[place < np.maximum(1, np.rint(fraction * counts)).repeat(counts)]))
-
-
-def readable(dataset):
-    """Numbers of the images of a data set that could be read so far, an array: those that features have rows for."""
-    if dataset.in_memory or not FolderDataset.unreadable:
-        return np.arange(len(dataset))
-    unreadable = {os.fsencode(path) for path in FolderDataset.unreadable}
-    return np.array([number for number, path in enumerate(dataset.paths) if path not in unreadable])
-
-
-def subset_from_list(dataset, path):
-    """The part of a folder that a text file names, a line an image: its file name, as in SimCLR's lists, or its path.
-
-    Raises UserError for a set in memory and for a name that is not there.
-    """
-    if dataset.in_memory:
-        raise UserError(f"--label-list {path} names files, but --data has none: pass a folder, or --label-fraction")
-    try:
-        names = Path(path).read_text().split()
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read --label-list {path} ({error})") from None
-    places = {}
-    for number, file in enumerate(map(os.fsdecode, dataset.paths)):
-        places[Path(file).name] = places["/".join(Path(file).parts[-2:])] = number
-    absent = [name for name in names if name not in places]
-    if absent or not names:
-        raise UserError(f"--label-list {path} names {absent[0] if absent else 'no image'}, which the training images "
-                        "do not have")  # fmt: skip
-    return subset(dataset, np.unique([places[name] for name in names]))
 
 
 def subset(dataset, kept):

@@ -17,6 +17,7 @@ the size that a checkpoint tells, at 32 pixels for networks made for those, at 2
 import functools
 import hashlib
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -123,6 +124,32 @@ def gather_rows(features, numbers):
     return common.all_reduce(features[rows.clamp(0, len(features) - 1)].where(own[:, None], 0))
 
 
+# ----------------------------------------------------------------------------------------------------------------- Data
+
+
+def subset_from_list(dataset, path):
+    """The part of a folder that a text file names, a line an image: its file name, as in SimCLR's lists, or CLASS/NAME.
+
+    Raises UserError for a set in memory, for a file that cannot be read and for a name that the folder does not have.
+    """
+    if dataset.in_memory:
+        raise common.UserError(f"--label-list {path} names files, but --data has none: pass a folder, or "
+                               "--label-fraction")  # fmt: skip
+    try:
+        names = Path(path).read_text().split()
+    except (OSError, ValueError) as error:
+        raise common.UserError(f"cannot read --label-list {path} ({error})") from None
+    places = {}
+    for number in range(len(dataset)):
+        file = Path(dataset.path(number))
+        places[file.name] = places[f"{file.parent.name}/{file.name}"] = number
+    absent = [name for name in names if name not in places]
+    if absent or not names:
+        raise common.UserError(f"--label-list {path} names {absent[0] if absent else 'no image'}, which the training "
+                               "images do not have")  # fmt: skip
+    return common.subset(dataset, np.unique([places[name] for name in names]))
+
+
 # ----------------------------------------------------------------------------------------------------------- Evaluation
 
 
@@ -137,7 +164,7 @@ def main():
     size = args.image_size or max(sizes, default=None)
     train, val, size = common.load_labelled(args.data, args.data_root, device, size)
     if args.label_list:
-        train = common.subset_from_list(train, args.label_list)
+        train = subset_from_list(train, args.label_list)
     train = common.subsample_per_class(train, args.label_fraction, args.seed)
     if max(args.knn) > len(train):
         raise common.UserError(f"--knn {max(args.knn)} is larger than the {len(train)} training images")

@@ -315,7 +315,7 @@ def main():
         saving(Path(folder))
     with tempfile.TemporaryDirectory() as folder:
         files = jpeg_folder(Path(folder))
-        paths = [path.decode() for path in files.paths]
+        paths = [files.path(i) for i in range(len(files))]
         input_path("JPEG files, 224 pixels", files, 224, lambda: (Image.open(path).convert("RGB") for path in paths))
     drawn, _ = common.load_dataset("shapes:512", None, "train", CPU)
     arrays = [image.permute(1, 2, 0).numpy() for image in drawn.images]
