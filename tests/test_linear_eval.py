@@ -1,6 +1,7 @@
 """Linear probe and k-NN evaluate features as the papers do, and run from end to end."""
 
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -262,7 +263,7 @@ def evaluate_again(line, out):
     for seen in (False, False, True):
         calls = []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", line.split())
+            patch.setattr(sys, "argv", [*line.split(), "--out", str(out)])
             patch.setattr(common, "extract_features", lambda *a, calls=calls, **k: calls.append(a) or extract(*a, **k))
             patch.setattr(common.Run, "read", lambda *a: read(*a) if common.rank() == 0 else None)
             if common.rank() == 0 and not seen:
@@ -274,12 +275,11 @@ def evaluate_again(line, out):
 
 def test_cached_features_are_used_again_and_rank_0_decides_what_is_done(tmp_path, teacher_file):
     """Features that another number of processes has written are not used."""
-    out = tmp_path / "out"
-    line = f"{SMALL} --weights {teacher_file} --cached --epochs 2 --lr 1 --out {out}"
-    assert evaluate_again(line, out) == [2, 0, 0]
-    alone = table_of(out)
-    assert on_processes(2, evaluate_again, tmp_path, line, out) == [[2, 0, 0], [2, 0, 0]]
-    assert table_of(out) == alone
+    line = f"{SMALL} --weights {teacher_file} --cached --epochs 2 --lr 1"
+    assert evaluate_again(line, tmp_path / "one") == [2, 0, 0]
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    assert on_processes(2, evaluate_again, tmp_path, line, tmp_path / "two") == [[2, 0, 0], [2, 0, 0]]
+    assert table_of(tmp_path / "one") == table_of(tmp_path / "two")
 
 
 def test_labels_by_list_and_by_fraction(tmp_path, image_folder, teacher_file):
