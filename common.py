@@ -1579,68 +1579,58 @@ def extract_features(encoder, dataset, image_size, batch_size, workers, device):
     return features, gather(labels)
 
 
-KNN_BLOCK = 128, 2**14  # queries and training images that are compared at a time: 25 MiB
+KNN_QUERIES = 64  # compared with all training images at a time, over all processes
 
 
-@torch.no_grad()
 def nearest_neighbours(train, queries, k):
-    """The k training images of highest cosine similarity, nearest first: similarities and image numbers, (M, k) each.
+    """The k training images of highest cosine similarity, nearest first: similarities and image numbers.
 
-    train: features and labels from `extract_features`. queries: features (M, D), on each process M of its own, whose
-    neighbours it gets. Among equal similarities the lower number comes first, on any number of processes. Where fewer
-    than k images can be read, the last similarities are -inf.
+    train: features and labels from `extract_features`. queries: features (M, D); each process passes M of its own and
+    gets their neighbours. Yields (m, k) tensors for m of the queries at a time. Among equal similarities the lower
+    number comes first. Where fewer than k images can be read, the last similarities are -inf.
     """
-
-    def best(similarity, numbers):
-        similarity, places = similarity.topk(min(k, similarity.shape[1]), dim=1)
-        return similarity, numbers.gather(1, places)
-
     features, labels = train
-    rows, columns = KNN_BLOCK
     norms = features.norm(dim=1).clamp(min=1e-12)
     numbers = local_share(torch.arange(len(labels), device=labels.device))
     # Subtracted in float64: less than the rounding error of a similarity, it decides between equal ones.
     offsets = (numbers.double() * 2**-52).masked_fill(local_share(labels) < 0, torch.inf)
-    found = []
-    for own in queries.split(max(1, rows // world_size())):
-        all_queries = F.normalize(gather(own), dim=1)
-        blocks = []
-        for start in range(0, len(features), columns):
-            part = slice(start, start + columns)
-            similarity = (all_queries @ features[part].T).div_(norms[part]) - offsets[part]
-            blocks.append(best(similarity, numbers[part].expand(len(all_queries), -1)))
-        of_share = best(*(torch.cat(parts, dim=1) for parts in zip(*blocks, strict=True)))
-        # Every process's best for the queries of this one: (M, world_size * k)
+    for own in queries.split(max(1, KNN_QUERIES // world_size())):
+        similarity = (F.normalize(gather(own), dim=1) @ features.T).div_(norms) - offsets
+        near = similarity.topk(min(k, len(features)), dim=1)
+        # Every process's nearest of this one's queries: (processes, processes, m, k) -> (m, processes * k)
         shape = world_size(), world_size(), len(own), -1
-        of_all = (gather(part).view(shape)[:, rank()].transpose(0, 1).flatten(1) for part in of_share)
-        found.append(best(*of_all))
-    similarity, numbers = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return similarity.float(), numbers
+        similarity, found = (
+            gather(part).view(shape)[:, rank()].transpose(0, 1).flatten(1) for part in (near[0], numbers[near[1]])
+        )
+        near = similarity.topk(min(k, similarity.shape[1]), dim=1)
+        yield near.values.float(), found.gather(1, near.indices)
 
 
-@torch.no_grad()
 def knn_accuracy(train, val, ks, num_classes, temperature=0.07):
-    """Accuracies in percent of votes of the k nearest training images, {"knn": {k: ...}, "knn_weighted": {k: ...}}.
+    """Accuracies in percent of votes of the k nearest training images: {"knn": {k: ...}, "knn_weighted": {k: ...}}.
 
     train, val: features and labels from `extract_features`. A plain vote counts 1, a weighted one
     exp(similarity / temperature) (Wu et al., 2018). Ties go to the class of the lower number.
     """
-    similarity, numbers = nearest_neighbours(train, val[0], max(ks))
-    parts = (part.split(2**10) for part in (similarity, train[1][numbers].clamp(min=0), local_share(val[1])))
-    correct = torch.zeros(2, len(ks), dtype=torch.long, device=numbers.device)
-    for similar, near, target in zip(*parts, strict=True):
-        for row, weight in enumerate((similar.isfinite().float(), (similar / temperature).exp())):
-            for column, k in enumerate(ks):
-                votes = weight.new_zeros(len(near), num_classes).scatter_add_(1, near[:, :k], weight[:, :k])
-                correct[row, column] += (votes.argmax(dim=1) == target).sum()
-    accuracies = (100 * all_reduce(correct).double() / (val[1] >= 0).sum()).tolist()
+    correct = {"knn": dict.fromkeys(ks, 0), "knn_weighted": dict.fromkeys(ks, 0)}
+    first = rank() * len(val[0])
+    for similarity, numbers in nearest_neighbours(train, val[0], max(ks)):
+        labels = train[1][numbers].clamp(min=0)
+        targets = val[1][first : first + len(labels)]
+        first += len(labels)
+        weights = {"knn": similarity.isfinite().float(), "knn_weighted": (similarity / temperature).exp()}
+        for kind, weight in weights.items():
+            for k in ks:
+                votes = weight.new_zeros(len(labels), num_classes).scatter_add_(1, labels[:, :k], weight[:, :k])
+                correct[kind][k] += (votes.argmax(dim=1) == targets).sum()
+    count = (val[1] >= 0).sum().item()
     return {
-        name: dict(zip(ks, row, strict=True)) for name, row in zip(("knn", "knn_weighted"), accuracies, strict=True)
+        kind: {k: 100 * all_reduce(right).item() / count for k, right in by_k.items()} for kind, by_k in correct.items()
     }
 
 
 class KnnProbe:
-    """20-NN accuracy of the validation images while a method trains, so that a collapse shows early."""
+    """20-NN accuracy of the validation images during training, which shows a collapse early."""
 
     def __init__(self, args, image_size, device):
         *self.sets, _ = load_labelled(args.data, args.data_root, device, image_size)

@@ -1,20 +1,21 @@
-"""What features are worth: a linear classifier on them, their nearest neighbours, the whole network fine-tuned.
+"""Evaluate features: a linear classifier on them, their nearest neighbours, fine-tuning of the whole network.
 
-Linear probe: a linear layer is trained on the features of the frozen backbone, on crops and flips made anew every
-epoch, and judged by the validation images (MoCo, SEED, DisCo: 100 epochs, batch 256, no weight decay). The papers take
-a learning rate of 30 for ResNets and 3 for other networks; here several are probed at once, a layer each on the same
-features. With --cached the features of centre crops are computed once and all epochs are trained on them.
+Linear probe: a linear layer is trained on the features of the frozen backbone, on new crops and flips in every epoch
+(MoCo, SEED, DisCo: 100 epochs, batch 256, no weight decay). The papers take a learning rate of 30 for ResNets and 3
+for other networks; here several rates are tried at once, with a layer each on the same features. With --cached the
+features of centre crops are computed once and all epochs are trained on them.
 k-NN: a vote of the k nearest training images by cosine similarity (SEED: k = 10), plain and weighted.
-Fine-tuning (--finetune): the network itself is trained, at a rate of its own. A part of the labels makes either of them
-the papers' semi-supervised test; another data set makes it their transfer test. Without --image-size, images come at
-the size that a checkpoint tells, at 32 pixels for networks made for those, at 224 for others.
+Fine-tuning (--finetune): the network itself is trained, at a learning rate of its own. With a part of the labels,
+either of them is the papers' semi-supervised test; with another data set, their transfer test. Without --image-size,
+images have the size that a checkpoint stores, 32 pixels for networks made for those, 224 for others.
+
+Each process keeps the features of its share of the images. Results do not depend on the number of processes.
 
     torchrun --nproc_per_node=8 linear_eval.py --weights runs/disco/backbone.pth
     torchrun --nproc_per_node=8 linear_eval.py --weights runs/disco/backbone.pth --label-fraction 0.01 --finetune
     python linear_eval.py --data shapes --cached --weights runs/disco/backbone.pth random --arch resnet8
 """
 
-import functools
 import hashlib
 import time
 from pathlib import Path
@@ -31,7 +32,7 @@ import common
 
 
 class Probe(nn.Module):
-    """One linear classifier for each learning rate: features (N, dim) -> logits (rates, N, num_classes)."""
+    """A linear classifier for each learning rate: features (N, dim) -> logits (rates, N, num_classes)."""
 
     def __init__(self, dim, num_classes, rates):
         super().__init__()
@@ -42,7 +43,7 @@ class Probe(nn.Module):
 
 
 def linear_classifier(dim, num_classes):
-    """A linear layer that starts as in the papers: weights of deviation 0.01, biases of 0."""
+    """A linear layer, initialised as in the papers: weights with a standard deviation of 0.01, biases of 0."""
     head = nn.Linear(dim, num_classes)
     nn.init.normal_(head.weight, std=0.01)
     nn.init.zeros_(head.bias)
@@ -78,13 +79,13 @@ SCHEDULES = {"steps": STEPS, "halvings": HALVINGS}
 
 
 def lr_factor(schedule, epoch, epochs):
-    """Factor on the learning rate in an epoch."""
+    """Factor on the learning rate in an epoch, from 0."""
     factor, milestones = SCHEDULES[schedule]
     return factor ** sum(epoch >= round(milestone * epochs, 6) for milestone in milestones)
 
 
 class CachedBatches:
-    """Shuffled batches of features that were extracted once, the same on every process; used as `common.Loader` is."""
+    """Shuffled batches of features that are extracted once, the same on every process; used like `common.Loader`."""
 
     def __init__(self, features, labels, batch_size, seed):
         self.features, self.labels, self.batch_size, self.seed = features, labels, batch_size, seed
@@ -94,7 +95,7 @@ class CachedBatches:
         return len(self.numbers) // self.batch_size
 
     def batches(self, step, stop):
-        """From step number `step` to the end of its epoch, or to `stop`: yields ([features], labels)."""
+        """From step number `step` to the end of its epoch, or to `stop`. Yields ([features (B, dim)], labels (B,))."""
         epoch = step // len(self)
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.numbers))
         order = self.numbers[torch.from_numpy(order).to(self.numbers.device)]
@@ -104,7 +105,7 @@ class CachedBatches:
 
 
 class FrozenBatches:
-    """The same of augmented images, whose features the processes compute together."""
+    """Batches of a `common.Loader` as features from a frozen backbone: the whole batch on every process."""
 
     def __init__(self, encoder, loader):
         self.encoder, self.loader = encoder, loader
@@ -118,7 +119,7 @@ class FrozenBatches:
 
 
 def gather_rows(features, numbers):
-    """Features (n, dim) of the images with these numbers, from all processes' shares."""
+    """Features (n, dim) of the images with these numbers, on every process. features: this process's share."""
     rows = numbers - common.rank() * len(features)
     own = (rows >= 0) & (rows < len(features))
     return common.all_reduce(features[rows.clamp(0, len(features) - 1)].where(own[:, None], 0))
@@ -177,9 +178,7 @@ def main():
 
     lists = [args.label_list] if args.label_list else []
     run = common.Run("linear_eval", args, train, val, files=[*files, *lists])
-    extract = functools.partial(
-        common.extract_features, image_size=size, batch_size=args.batch_size, workers=args.workers, device=device
-    )
+    options = size, args.batch_size, args.workers, device
     results = common.broadcast(run.read("eval.json") or {})
     for number, (name, encoder) in enumerate(encoders.items(), start=1):
         if name in results:
@@ -189,7 +188,7 @@ def main():
         if args.compile:
             encoder.backbone.compile()
         clock = [time.perf_counter()]
-        train_set, val_set = load_or_extract(run, name, encoder, (train, val), extract)
+        train_set, val_set = load_or_extract(run, name, encoder, (train, val), options)
         run.name_unreadable(0)
         clock.append(time.perf_counter())
         votes = common.knn_accuracy(train_set, val_set, args.knn, train.num_classes, args.knn_temperature)
@@ -204,9 +203,9 @@ def main():
         batches = loader if args.finetune else FrozenBatches(encoder, loader)
         if args.cached:
             batches = CachedBatches(*train_set, args.batch_size, args.seed)
-        del train_set  # its memory is free now, where no batches are drawn from it
+        del train_set  # frees its memory, except with --cached
         if args.finetune:
-            result["finetune"] = fine_tune(run, name, encoder, batches, val, extract)
+            result["finetune"] = fine_tune(run, name, encoder, batches, val, options)
         else:
             result["linear"] = linear_probe(run, name, batches, val_set, train.num_classes)
         clock.append(time.perf_counter())
@@ -228,58 +227,54 @@ def untrained(name, arch, image_size, seed):
     return common.Encoder(common.build_backbone(arch, image_size), nn.Identity()).requires_grad_(False).eval()
 
 
-def load_or_extract(run, name, encoder, datasets, extract):
+def load_or_extract(run, name, encoder, datasets, options):
     """Features and labels of the data sets' centre crops; with --cached from the run's folder, if they are there.
 
-    Each process has a file with its share. Another number of processes finds none and extracts the features anew.
+    Each process has a file of its own with its share; with another number of processes the features are extracted anew.
+    options: the other arguments of `common.extract_features`.
     """
     digest = hashlib.sha256(name.encode()).hexdigest()[:8]
     path = run.folder / f"features.{digest}.{common.rank()}of{common.world_size()}.pth"
     if run.args.cached and common.gather(torch.tensor([path.exists()])).all():
-        device = next(encoder.parameters()).device
-        return [[part.to(device) for part in features] for features in common.load_file(path, whole=True)]
-    features = [extract(encoder, dataset) for dataset in datasets]
+        return [[part.to(options[-1]) for part in features] for features in common.load_file(path, whole=True)]
+    features = [common.extract_features(encoder, dataset, *options) for dataset in datasets]
     if run.args.cached:
         common.atomic_write(path, lambda file: torch.save(features, file))
     return features
 
 
 def linear_probe(run, name, batches, val_set, num_classes):
-    """Train a linear layer for each learning rate; returns the metrics of the best, and the accuracy of all."""
+    """Train a linear layer for each learning rate. Returns the metrics of the best, and the accuracies of all."""
     rates = run.args.lr
     torch.manual_seed(run.args.seed)
     probe = Probe(val_set[0].shape[1], num_classes, len(rates)).to(val_set[0].device)
     groups = [{"params": head.parameters(), "lr": lr} for head, lr in zip(probe.heads, rates, strict=True)]
-
-    def evaluate_heads():
-        return [evaluate(head, *val_set) for head in probe.heads]
-
-    metrics = train_classifier(run, name, probe, groups, batches, evaluate_heads)
+    metrics = train_classifier(
+        run, name, probe, groups, batches, lambda: [evaluate(head, *val_set) for head in probe.heads]
+    )
     by_lr = {f"{lr:g}": of_head["top1"] for lr, of_head in zip(rates, metrics, strict=True)}
     best = max(range(len(rates)), key=lambda i: metrics[i]["top1"])
     return {"lr": rates[best], "top1_by_lr": by_lr, **metrics[best]}
 
 
-def fine_tune(run, name, encoder, loader, val, extract):
-    """Train the network and a linear layer on it, each at its rate; returns the metrics."""
+def fine_tune(run, name, encoder, loader, val, options):
+    """Train the network and a linear layer on it, each at its learning rate. Returns the metrics."""
     lr, backbone_lr = run.args.lr[0], run.args.backbone_lr
     torch.manual_seed(run.args.seed)
     head = linear_classifier(encoder.backbone.feature_dim, val.num_classes)
     network = common.Classifier(encoder.backbone.requires_grad_(True), head).to(loader.device).train()
     network.amp = encoder.amp
     groups = [{"params": network.backbone.parameters(), "lr": backbone_lr}, {"params": head.parameters(), "lr": lr}]
-
-    def evaluate_network():
-        return [evaluate(head, *extract(network, val))]
-
-    (metrics,) = train_classifier(run, name, network, groups, loader, evaluate_network)
+    (metrics,) = train_classifier(
+        run, name, network, groups, loader, lambda: [evaluate(head, *common.extract_features(network, val, *options))]
+    )
     return {"lr": lr, "backbone_lr": backbone_lr, **metrics}
 
 
 def train_classifier(run, name, model, groups, batches, evaluate_model):
-    """Train `model` on `batches` for all epochs, or go on with it; returns its metrics.
+    """Train `model`, from its checkpoint if there is one. Returns `evaluate_model()`, a list of metrics.
 
-    groups: weights with their learning rates. batches: as `common.Loader`. evaluate_model(): a list of metrics.
+    groups: parameter groups with their learning rates. batches: a `common.Loader` or one of the classes above.
     """
     args, device, per_epoch = run.args, next(model.parameters()).device, len(batches)
     metrics = None
@@ -315,35 +310,33 @@ def train_classifier(run, name, model, groups, batches, evaluate_model):
     return metrics or evaluate_model()
 
 
-@torch.no_grad()
 def draw_neighbours(path, datasets, features, size, queries=8, neighbours=10):
     """Write a picture with a row for each query: a validation image and its nearest training images, nearest first.
 
-    A frame is blue where the neighbour's class is the query's, and red where it is another. datasets, features: the
-    training and the validation images, and what `common.extract_features` returns for them.
+    The frame is blue where the neighbour has the query's class and red where it has another. datasets: training and
+    validation images; features: what `common.extract_features` returns for each.
     """
     (train, val), (train_set, (val_features, val_labels)) = datasets, features
-    readable = (val_labels >= 0).nonzero()[:, 0]
-    rows = readable[torch.linspace(0, len(readable) - 1, queries).long().unique()]
-    neighbours = min(neighbours, (train_set[1] >= 0).sum().item())
-    _, nearest = common.nearest_neighbours(train_set, gather_rows(val_features, rows), neighbours)
+    rows = (val_labels >= 0).nonzero()[:, 0]
+    rows = rows[torch.linspace(0, len(rows) - 1, queries).long().unique()]
+    found = common.nearest_neighbours(train_set, gather_rows(val_features, rows), neighbours)
+    nearest = torch.cat([numbers for _, numbers in found])[:, : (train_set[1] >= 0).sum()]
     if common.rank() > 0:
         return
-    right = train_set[1][nearest] == val_labels[rows, None]
-    view = common.View(size, scale=None, color=False)
-    tiles = []
-    for row, found, same in zip(rows, nearest, right, strict=True):
-        for dataset, numbers, frames in ((val, row[None], [None]), (train, found, same.tolist())):
-            images = dataset[common.BatchRequest(numbers.cpu().numpy(), [view], None, None)][0][0]
-            images = common.TF.to_dtype(images.cpu(), torch.float32, scale=True)
-            images = F.interpolate(images, max(64, size), mode="nearest")
-            for image, frame in zip(images, frames, strict=True):
-                color = {None: (0.5, 0.5, 0.5), True: (0.1, 0.4, 0.9), False: (0.9, 0.2, 0.1)}[frame]
-                tile = torch.tensor(color)[:, None, None].repeat(1, image.shape[1] + 8, image.shape[2] + 8)
-                tile[:, 4:-4, 4:-4] = image
-                tiles.append(tile)
+
+    def pixels(dataset, numbers):
+        request = common.BatchRequest(numbers.flatten().cpu().numpy(), [common.View(size, None, False)], None, None)
+        images = common.TF.to_dtype(dataset[request][0][0].cpu(), torch.float32, scale=True)
+        return F.interpolate(images, max(64, size), mode="nearest").unflatten(0, numbers.shape)
+
+    same = (train_set[1][nearest] == val_labels[rows, None]).cpu()
+    grey, blue, red = torch.tensor([[0.5, 0.5, 0.5], [0.1, 0.4, 0.9], [0.9, 0.2, 0.1]])
+    colors = torch.cat([grey.expand(len(rows), 1, 3), blue.where(same[:, :, None], red)], dim=1)
+    images = torch.cat([pixels(val, rows[:, None]), pixels(train, nearest)], dim=1)
+    tiles = colors[..., None, None].repeat(1, 1, 1, images.shape[3] + 8, images.shape[4] + 8)
+    tiles[..., 4:-4, 4:-4] = images
     save = torchvision.utils.save_image
-    common.atomic_write(path, lambda file: save(tiles, file, nrow=len(tiles) // len(rows), format="png"))
+    common.atomic_write(path, lambda file: save(tiles.flatten(0, 1), file, nrow=tiles.shape[1], format="png"))
 
 
 def print_table(results):
@@ -364,7 +357,7 @@ def parse_args():
     add = parser.add_argument
     add("--weights", nargs="+", required=True, help="files (backbone.pth, checkpoint.pth, any teacher), or random or "
         "torchvision, the untrained or labelled network of --arch")  # fmt: skip
-    add("--arch", help="network of random and torchvision (files tell theirs)")
+    add("--arch", help="network of random and torchvision (files store theirs)")
     add("--lr", type=common.positive_float, nargs="+", default=[30.0, 10.0, 3.0, 1.0, 0.3, 0.1], help="learning "
         "rates to probe (default %(default)s; papers: 30 for ResNets, 3 for others; 0.2 with --finetune)")  # fmt: skip
     add("--schedule", choices=list(SCHEDULES), default="steps", help="of the learning rate: cut by 10 at 60 and 80 %% "

@@ -163,7 +163,7 @@ def batches_from_shares():
 
 
 def neighbours_of_equal_images():
-    """Training images, queries, and the neighbours that `nearest_neighbours` finds with small blocks.
+    """Training images, queries, and the neighbours that `nearest_neighbours` finds, a few at a time.
 
     All products of features are exact, most images occur several times, and two cannot be read.
     """
@@ -172,9 +172,11 @@ def neighbours_of_equal_images():
     train, queries = vectors[rng.integers(5, size=41)], vectors[rng.integers(5, size=12)]
     labels = torch.arange(41) % 3
     labels[[0, 30]] = -1
-    block, common.KNN_BLOCK = common.KNN_BLOCK, (4, 5)
-    found = [common.nearest_neighbours(share_of(train, labels), common.local_share(queries), k) for k in (7, 39, 41)]
-    common.KNN_BLOCK = block
+    shares = share_of(train, labels), common.local_share(queries)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "KNN_QUERIES", 5)
+        found = [zip(*common.nearest_neighbours(*shares, k), strict=True) for k in (7, 39, 41)]
+        found = [[torch.cat(parts) for parts in neighbours] for neighbours in found]
     return train, labels, queries, found
 
 
