@@ -189,8 +189,8 @@ def distribute(model):
     return DistributedDataParallel(model, **{option: False})
 
 
-def broadcast_object(value):
-    """Rank 0's value, on every process; any object that can be pickled."""
+def broadcast(value):
+    """Rank 0's value, any Python object, on every process."""
     values = [value]
     if world_size() > 1:
         dist.broadcast_object_list(values, src=0)
@@ -204,6 +204,13 @@ def gather(x):
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world_size())]
     dist.all_gather(parts, x.contiguous())
     return torch.cat(parts)
+
+
+def all_reduce(x):
+    """Sum every process's tensor, in place, and return it."""
+    if world_size() > 1:
+        dist.all_reduce(x)
+    return x
 
 
 def gather_with_gradient(x):
@@ -1528,77 +1535,84 @@ def describe_mismatch(expected, found):
 
 @torch.no_grad()
 def extract_features(encoder, dataset, image_size, batch_size, workers, device):
-    """Features of every readable image's centre crop, in order: (N, feature_dim) and labels (N,), on every process.
+    """Features of the centre crops of this process's share of the images, and the labels of all images.
 
-    The work is shared out over the processes, which all take rank 0's BatchNorm statistics; the backbone runs in eval
-    mode and is left in the mode it had.
+    Returns features (share, feature_dim) and labels (world_size * share,): rank r has the features of images r * share
+    to (r + 1) * share - 1. The label is -1 where an image cannot be read, and after the last image. The backbone runs
+    in eval mode with rank 0's BatchNorm statistics and is left in the mode it had.
     """
     if world_size() > 1:
         for buffer in encoder.buffers():
             dist.broadcast(buffer, 0)
     share = -(-len(dataset) // world_size())
-    indices = np.arange(rank() * share, (rank() + 1) * share) % len(dataset)  # what wraps round is cut off again
+    numbers = np.arange(len(dataset))[rank() * share :][:share]
     views = [View(image_size)]
-    requests = [BatchRequest(indices[i : i + batch_size], views) for i in range(0, share, batch_size)]
+    starts = range(0, len(numbers), batch_size)
+    requests = [BatchRequest(numbers[i : i + batch_size], views) for i in starts]
+    features = torch.zeros(share, encoder.backbone.feature_dim, device=device)
+    labels = torch.full((share,), -1, device=device)
     training = encoder.training
     encoder.eval()
-    features, labels = [], []
-    for (images,), targets in to_device(make_dataloader(dataset, requests, workers, device), device):
-        features.append(encoder.features(normalize(images, dataset.mean_std)))
-        labels.append(targets)
+    batches = to_device(make_dataloader(dataset, requests, workers, device), device)
+    for start, ((images,), targets) in zip(starts, batches, strict=True):
+        features[start : start + len(targets)] = encoder.features(normalize(images, dataset.mean_std))
+        labels[start : start + len(targets)] = targets
     encoder.train(training)
-    features, labels = (gather(torch.cat(parts))[: len(dataset)] for parts in (features, labels))
-    return features[labels >= 0], labels[labels >= 0]
+    return features, gather(labels)
 
 
-KNN_BLOCK = 2**27  # similarities held at a time, half a gigabyte
+KNN_QUERIES = 64  # compared with all training images at a time, over all processes
 
 
-@torch.no_grad()
-def nearest_neighbours(train_features, features, k):
-    """The k training images with the highest cosine similarity, nearest first: similarities and numbers, (M, k) each.
+def nearest_neighbours(train, queries, k):
+    """The k training images of highest cosine similarity, nearest first: similarities and image numbers.
 
-    train_features: (N, D), features: (M, D). Besides them no more than about a gigabyte is held at any size.
+    train: features and labels from `extract_features`. queries: features (M, D); each process passes M of its own and
+    gets their neighbours. Yields (m, k) tensors for m of the queries at a time. Among equal similarities the lower
+    number comes first. Where fewer than k images can be read, the last similarities are -inf.
     """
-    norms = train_features.norm(dim=1).clamp(min=1e-12)  # one number an image; a normalised copy would be all again
-    parts = []
-    for queries in F.normalize(features, dim=1).split(max(1, KNN_BLOCK // len(train_features))):
-        parts.append((queries @ train_features.T).div_(norms).topk(k, dim=1))
-    return (torch.cat(part) for part in zip(*parts, strict=True))
+    features, labels = train
+    norms = features.norm(dim=1).clamp(min=1e-12)
+    numbers = local_share(torch.arange(len(labels), device=labels.device))
+    # Subtracted in float64: less than the rounding error of a similarity, it decides between equal ones.
+    offsets = (numbers.double() * 2**-52).masked_fill(local_share(labels) < 0, torch.inf)
+    for own in queries.split(max(1, KNN_QUERIES // world_size())):
+        similarity = (F.normalize(gather(own), dim=1) @ features.T).div_(norms) - offsets
+        near = similarity.topk(min(k, len(features)), dim=1)
+        # Every process's nearest of this one's queries: (processes, processes, m, k) -> (m, processes * k)
+        shape = world_size(), world_size(), len(own), -1
+        similarity, found = (
+            gather(part).view(shape)[:, rank()].transpose(0, 1).flatten(1) for part in (near[0], numbers[near[1]])
+        )
+        near = similarity.topk(min(k, similarity.shape[1]), dim=1)
+        yield near.values.float(), found.gather(1, near.indices)
 
 
-def knn_accuracy(train_features, train_labels, features, labels, ks, num_classes, temperature=None):
-    """Accuracy in percent of a vote of the k nearest training images, for every k: a dict.
+def knn_accuracy(train, val, ks, num_classes, temperature=0.07):
+    """Accuracies in percent of votes of the k nearest training images: {"knn": {k: ...}, "knn_weighted": {k: ...}}.
 
-    A vote counts 1, or exp(similarity / temperature) where there is a temperature (Wu et al., 2018). Ties go to the
-    class of the lower number. Features as in `nearest_neighbours`, the same on every process; labels: integers below
-    num_classes. The processes share the queries.
+    train, val: features and labels from `extract_features`. A plain vote counts 1, a weighted one
+    exp(similarity / temperature) (Wu et al., 2018). Ties go to the class of the lower number.
     """
-    share = slice(rank(), None, world_size())
-    similarity, nearest = nearest_neighbours(train_features, features[share], max(ks))
-    return knn_vote_accuracy(similarity, train_labels[nearest], labels[share], ks, num_classes, temperature)
-
-
-@torch.no_grad()
-def knn_vote_accuracy(similarity, neighbours, labels, ks, num_classes, temperature=None):
-    """The same from this process's part of the queries: similarities and labels of their neighbours, nearest first."""
-    correct = torch.zeros(len(ks) + 1, dtype=torch.long, device=labels.device)
-    correct[-1] = len(labels)
-    for similar, near, target in zip(
-        similarity.split(2**10), neighbours.split(2**10), labels.split(2**10), strict=True
-    ):
-        weight = torch.ones_like(similar) if temperature is None else (similar / temperature).exp()
-        for i, k in enumerate(ks):
-            votes = weight.new_zeros(len(near), num_classes).scatter_add_(1, near[:, :k], weight[:, :k])
-            correct[i] += (votes.argmax(dim=1) == target).sum()
-    if world_size() > 1:
-        dist.all_reduce(correct)
-    *correct, count = correct.tolist()
-    return {k: 100 * right / count for k, right in zip(ks, correct, strict=True)}
+    correct = {"knn": dict.fromkeys(ks, 0), "knn_weighted": dict.fromkeys(ks, 0)}
+    first = rank() * len(val[0])
+    for similarity, numbers in nearest_neighbours(train, val[0], max(ks)):
+        labels = train[1][numbers].clamp(min=0)
+        targets = val[1][first : first + len(labels)]
+        first += len(labels)
+        weights = {"knn": similarity.isfinite().float(), "knn_weighted": (similarity / temperature).exp()}
+        for kind, weight in weights.items():
+            for k in ks:
+                votes = weight.new_zeros(len(labels), num_classes).scatter_add_(1, labels[:, :k], weight[:, :k])
+                correct[kind][k] += (votes.argmax(dim=1) == targets).sum()
+    count = (val[1] >= 0).sum().item()
+    return {
+        kind: {k: 100 * all_reduce(right).item() / count for k, right in by_k.items()} for kind, by_k in correct.items()
+    }
 
 
 class KnnProbe:
-    """20-NN accuracy of the validation images while a method trains, so that a collapse shows early."""
+    """20-NN accuracy of the validation images during training, which shows a collapse early."""
 
     def __init__(self, args, image_size, device):
         *self.sets, _ = load_labelled(args.data, args.data_root, device, image_size)
@@ -1607,8 +1621,7 @@ class KnnProbe:
     def __call__(self, encoder):
         """{"knn": accuracy in percent} of an Encoder's features."""
         train, val = (extract_features(encoder, dataset, *self.options) for dataset in self.sets)
-        k = min(20, len(train[0]))
-        return {"knn": knn_accuracy(*train, *val, [k], self.sets[0].num_classes)[k]}
+        return {"knn": knn_accuracy(train, val, [20], self.sets[0].num_classes)["knn"][20]}
 
 
 # ----------------------------------------------------------------------------------------------------------------- Runs
@@ -1735,7 +1748,7 @@ class Run:
         """
         self.state, self.metadata = (model, optimizer, scaler), {**self.metadata, **metadata}
         path = self.folder / "checkpoint.pth"
-        checkpoint = broadcast_object(load_file(path, whole=True) if rank() == 0 and path.exists() else {})
+        checkpoint = broadcast(load_file(path, whole=True) if rank() == 0 and path.exists() else {})
         if checkpoint.get("of") != self.metadata.get("of"):
             checkpoint = {}
         self.step = checkpoint.get("step", 0)
@@ -1946,7 +1959,7 @@ class Run:
     def read(self, name):
         """Content of a JSON file of the folder, on every process; None if there is none."""
         path = self.folder / name
-        return broadcast_object(json.loads(path.read_text()) if rank() == 0 and path.exists() else None)
+        return broadcast(json.loads(path.read_text()) if rank() == 0 and path.exists() else None)
 
     def write(self, name, content):
         """Write a JSON file into the folder."""

@@ -1,13 +1,15 @@
-"""What features are worth: a linear classifier on them, their nearest neighbours, the whole network fine-tuned.
+"""Evaluate features: a linear classifier on them, their nearest neighbours, fine-tuning of the whole network.
 
-Linear probe: a linear layer is trained on the features of the frozen backbone, on crops and flips made anew every
-epoch, and judged by the validation images (MoCo, SEED, DisCo: 100 epochs, batch 256, no weight decay). The papers take
-a learning rate of 30 for ResNets and 3 for other networks; here several are probed at once, a layer each on the same
-features. With --cached the features of centre crops are computed once and all epochs are trained on them.
+Linear probe: a linear layer is trained on the features of the frozen backbone, on new crops and flips in every epoch
+(MoCo, SEED, DisCo: 100 epochs, batch 256, no weight decay). The papers take a learning rate of 30 for ResNets and 3
+for other networks; here several rates are tried at once, with a layer each on the same features. With --cached the
+features of centre crops are computed once and all epochs are trained on them.
 k-NN: a vote of the k nearest training images by cosine similarity (SEED: k = 10), plain and weighted.
-Fine-tuning (--finetune): the network itself is trained, at a rate of its own. A part of the labels makes either of them
-the papers' semi-supervised test; another data set makes it their transfer test. Without --image-size, images come at
-the size that a checkpoint tells, at 32 pixels for networks made for those, at 224 for others.
+Fine-tuning (--finetune): the network itself is trained, at a learning rate of its own. With a part of the labels,
+either of them is the papers' semi-supervised test; with another data set, their transfer test. Without --image-size,
+images have the size that a checkpoint stores, 32 pixels for networks made for those, 224 for others.
+
+Each process keeps the features of its share of the images. Results do not depend on the number of processes.
 
     torchrun --nproc_per_node=8 linear_eval.py --weights runs/disco/backbone.pth
     torchrun --nproc_per_node=8 linear_eval.py --weights runs/disco/backbone.pth --label-fraction 0.01 --finetune
@@ -30,7 +32,7 @@ import common
 
 
 class Probe(nn.Module):
-    """One linear classifier for each learning rate: features (N, dim) -> logits (rates, N, num_classes)."""
+    """A linear classifier for each learning rate: features (N, dim) -> logits (rates, N, num_classes)."""
 
     def __init__(self, dim, num_classes, rates):
         super().__init__()
@@ -41,7 +43,7 @@ class Probe(nn.Module):
 
 
 def linear_classifier(dim, num_classes):
-    """A linear layer that starts as in the papers: weights of deviation 0.01, biases of 0."""
+    """A linear layer, initialised as in the papers: weights with a standard deviation of 0.01, biases of 0."""
     head = nn.Linear(dim, num_classes)
     nn.init.normal_(head.weight, std=0.01)
     nn.init.zeros_(head.bias)
@@ -52,16 +54,20 @@ def linear_classifier(dim, num_classes):
 def evaluate(head, features, labels):
     """Accuracies in percent of a linear layer on validation features, and its confusion matrix.
 
-    Returns {"top1", "top5", "per_class": a value a class (None where it has no image), "confusion": [true][predicted]}.
+    features, labels: from `common.extract_features`. Returns {"top1", "top5", "per_class": a value a class (None where
+    it has no image), "confusion": [true][predicted]}.
     """
+    labels = common.local_share(labels)
+    features, labels = features[labels >= 0], labels[labels >= 0]
     classes = head.out_features
     best = torch.cat([head(rows).topk(min(5, classes), dim=1).indices for rows in features.split(2**14)])
-    hits = best == labels[:, None]
     confusion = torch.bincount(labels * classes + best[:, 0], minlength=classes**2).view(classes, classes)
+    confusion = common.all_reduce(confusion)
+    top5 = common.all_reduce((best == labels[:, None]).sum()).item()
     right, count = confusion.diagonal().tolist(), confusion.sum(dim=1).tolist()
     return {
-        "top1": 100 * hits[:, 0].sum().item() / len(labels),
-        "top5": 100 * hits.any(dim=1).sum().item() / len(labels),
+        "top1": 100 * sum(right) / sum(count),
+        "top5": 100 * top5 / sum(count),
         "per_class": [100 * r / n if n else None for r, n in zip(right, count, strict=True)],
         "confusion": confusion.tolist(),
     }
@@ -73,25 +79,50 @@ SCHEDULES = {"steps": STEPS, "halvings": HALVINGS}
 
 
 def lr_factor(schedule, epoch, epochs):
-    """Factor on the learning rate in an epoch."""
+    """Factor on the learning rate in an epoch, from 0."""
     factor, milestones = SCHEDULES[schedule]
     return factor ** sum(epoch >= round(milestone * epochs, 6) for milestone in milestones)
 
 
-def cached_batches(features, labels, batch_size, seed, step, stop):
-    """Shuffled batches from `step` to the end of its epoch, the same on every process: (features, labels)."""
-    per_epoch = len(features) // batch_size
-    epoch = step // per_epoch
-    order = torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(len(features))).to(features.device)
-    for batch in range(step, min(stop, (epoch + 1) * per_epoch)):
-        rows = order[batch % per_epoch * batch_size :][:batch_size]
-        yield features[rows], labels[rows]
+class CachedBatches:
+    """Shuffled batches of features that are extracted once, the same on every process; used like `common.Loader`."""
+
+    def __init__(self, features, labels, batch_size, seed):
+        self.features, self.labels, self.batch_size, self.seed = features, labels, batch_size, seed
+        self.numbers = (labels >= 0).nonzero()[:, 0]  # of images that can be read
+
+    def __len__(self):
+        return len(self.numbers) // self.batch_size
+
+    def batches(self, step, stop):
+        """From step number `step` to the end of its epoch, or to `stop`. Yields ([features (B, dim)], labels (B,))."""
+        epoch = step // len(self)
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.numbers))
+        order = self.numbers[torch.from_numpy(order).to(self.numbers.device)]
+        for batch in range(step, min(stop, (epoch + 1) * len(self))):
+            numbers = order[batch % len(self) * self.batch_size :][: self.batch_size]
+            yield [gather_rows(self.features, numbers)], self.labels[numbers]
 
 
-def frozen_batches(encoder, loader, step, stop):
-    """The same from augmented images through the frozen backbone, which the processes share out."""
-    for (images,), labels in loader.batches(step, stop):
-        yield common.gather(encoder.features(images)), common.gather(labels)
+class FrozenBatches:
+    """Batches of a `common.Loader` as features from a frozen backbone: the whole batch on every process."""
+
+    def __init__(self, encoder, loader):
+        self.encoder, self.loader = encoder, loader
+
+    def __len__(self):
+        return len(self.loader)
+
+    def batches(self, step, stop):
+        for (images,), labels in self.loader.batches(step, stop):
+            yield [common.gather(self.encoder.features(images))], common.gather(labels)
+
+
+def gather_rows(features, numbers):
+    """Features (n, dim) of the images with these numbers, on every process. features: this process's share."""
+    rows = numbers - common.rank() * len(features)
+    own = (rows >= 0) & (rows < len(features))
+    return common.all_reduce(features[rows.clamp(0, len(features) - 1)].where(own[:, None], 0))
 
 
 # ----------------------------------------------------------------------------------------------------------------- Data
@@ -118,14 +149,6 @@ def subset_from_list(dataset, path):
         raise common.UserError(f"--label-list {path} names {absent[0] if absent else 'no image'}, which the training "
                                "images do not have")  # fmt: skip
     return common.subset(dataset, np.unique([places[name] for name in names]))
-
-
-def readable(dataset):
-    """Numbers of the images that could be read so far, an array: those that features have rows for."""
-    unreadable = common.FolderDataset.unreadable
-    if dataset.in_memory or not unreadable:
-        return np.arange(len(dataset))
-    return np.array([number for number in range(len(dataset)) if dataset.path(number) not in unreadable])
 
 
 # ----------------------------------------------------------------------------------------------------------- Evaluation
@@ -155,6 +178,7 @@ def main():
 
     lists = [args.label_list] if args.label_list else []
     run = common.Run("linear_eval", args, train, val, files=[*files, *lists])
+    options = size, args.batch_size, args.workers, device
     results = run.read("eval.json") or {}
     for number, (name, encoder) in enumerate(encoders.items(), start=1):
         if name in results:
@@ -164,27 +188,33 @@ def main():
         if args.compile:
             encoder.backbone.compile()
         clock = [time.perf_counter()]
-        train_set, val_set = features_of(args, run, name, encoder, (train, val), size, device)
+        train_set, val_set = load_or_extract(run, name, encoder, (train, val), options)
+        run.name_unreadable()
         clock.append(time.perf_counter())
-        votes = k_nearest(args, train_set, val_set, train.num_classes)
-        draw_neighbours(run, f"neighbors{number if number > 1 else ''}.png", train, val, train_set, val_set, size)
+        votes = common.knn_accuracy(train_set, val_set, args.knn, train.num_classes, args.knn_temperature)
+        picture = run.folder / f"neighbors{number if number > 1 else ''}.png"
+        draw_neighbours(picture, (train, val), (train_set, val_set), size)
         clock.append(time.perf_counter())
         result = {
             "parameters": sum(p.numel() for p in encoder.backbone.parameters()),
             "feature_dim": encoder.backbone.feature_dim,
             **votes,
         }
+        batches = loader if args.finetune else FrozenBatches(encoder, loader)
+        if args.cached:
+            batches = CachedBatches(*train_set, args.batch_size, args.seed)
+        del train_set  # frees its memory, except with --cached
         if args.finetune:
-            result["finetune"] = fine_tune(args, run, name, encoder, train, val, loader, size, device)
+            result["finetune"] = fine_tune(run, name, encoder, batches, val, options)
         else:
-            result["linear"] = probe(args, run, name, encoder, train, loader, train_set, val_set, device)
+            result["linear"] = linear_probe(run, name, batches, val_set, train.num_classes)
         clock.append(time.perf_counter())
         seconds = dict(zip(("features", "knn", "training"), np.diff(clock).round(1).tolist(), strict=True))
         results[name] = result
-        run.log({"weights": name, "step": args.epochs * len(loader), **votes, "seconds": seconds})
+        run.log({"weights": name, **votes, "seconds": seconds})
         run.write("eval.json", results)
     if common.rank() == 0:
-        print_table(results, args.knn)
+        print_table(results)
 
 
 def untrained(name, arch, image_size, seed):
@@ -197,83 +227,57 @@ def untrained(name, arch, image_size, seed):
     return common.Encoder(common.build_backbone(arch, image_size), nn.Identity()).requires_grad_(False).eval()
 
 
-def features_of(args, run, name, encoder, datasets, size, device):
-    """Features and labels of the centre crops of both data sets; with --cached from the run's folder, if there.
+def load_or_extract(run, name, encoder, datasets, options):
+    """Features and labels of the data sets' centre crops; with --cached from the run's folder, if they are there.
 
-    Every image counts once, whatever the number of processes and the size of a batch.
+    Each process has a file of its own with its share; with another number of processes the features are extracted anew.
+    options: the other arguments of `common.extract_features`.
     """
-    path = run.folder / f"features.{hashlib.sha256(name.encode()).hexdigest()[:8]}.pth"
-    if args.cached and common.gather(torch.tensor([path.exists()])).all():
-        return [[part.to(device) for part in features] for features in common.load_file(path, whole=True)]
-    features = [
-        common.extract_features(encoder, dataset, size, args.batch_size, args.workers, device) for dataset in datasets
-    ]
-    if args.cached and common.rank() == 0:
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    path = run.folder / f"features.{digest}.{common.rank()}of{common.world_size()}.pth"
+    if run.args.cached and common.gather(torch.tensor([path.exists()])).all():
+        return [[part.to(options[-1]) for part in features] for features in common.load_file(path, whole=True)]
+    features = [common.extract_features(encoder, dataset, *options) for dataset in datasets]
+    if run.args.cached:
+        run.folder.mkdir(parents=True, exist_ok=True)  # also on a machine that does not share it
         common.atomic_write(path, lambda file: torch.save(features, file))
     return features
 
 
-def k_nearest(args, train_set, val_set, num_classes):
-    """Accuracies in percent of plain and of weighted votes, for every k of --knn; the processes share the queries."""
-    features, labels = (part[common.rank() :: common.world_size()] for part in val_set)
-    similarity, nearest = common.nearest_neighbours(train_set[0], features, max(args.knn))
-    neighbours = train_set[1][nearest]
-    accuracies = {}
-    for name, temperature in (("knn", None), ("knn_weighted", args.knn_temperature)):
-        by_k = common.knn_vote_accuracy(similarity, neighbours, labels, args.knn, num_classes, temperature)
-        accuracies[name] = {str(k): accuracy for k, accuracy in by_k.items()}
-    return accuracies
+def linear_probe(run, name, batches, val_set, num_classes):
+    """Train a linear layer for each learning rate. Returns the metrics of the best, and the accuracies of all."""
+    rates = run.args.lr
+    torch.manual_seed(run.args.seed)
+    probe = Probe(val_set[0].shape[1], num_classes, len(rates)).to(val_set[0].device)
+    groups = [{"params": head.parameters(), "lr": lr} for head, lr in zip(probe.heads, rates, strict=True)]
+    metrics = train_classifier(
+        run, name, probe, groups, batches, lambda: [evaluate(head, *val_set) for head in probe.heads]
+    )
+    by_lr = {f"{lr:g}": of_head["top1"] for lr, of_head in zip(rates, metrics, strict=True)}
+    best = max(range(len(rates)), key=lambda i: metrics[i]["top1"])
+    return {"lr": rates[best], "top1_by_lr": by_lr, **metrics[best]}
 
 
-def probe(args, run, name, encoder, train, loader, train_set, val_set, device):
-    """Train a linear layer for each learning rate; returns the verdict on the best, and the accuracy of all."""
-    torch.manual_seed(args.seed)
-    heads = Probe(encoder.backbone.feature_dim, train.num_classes, len(args.lr)).to(device)
-    if args.cached:
-        per_epoch = len(train_set[0]) // args.batch_size
-
-        def batches(step, stop):
-            return cached_batches(*train_set, args.batch_size, args.seed, step, stop)
-    else:
-        per_epoch = len(loader)
-
-        def batches(step, stop):
-            return frozen_batches(encoder, loader, step, stop)
-
-    def judged():
-        return [evaluate(head, *val_set) for head in heads.heads]
-
-    groups = [{"params": head.parameters(), "lr": lr} for head, lr in zip(heads.heads, args.lr, strict=True)]
-    train_classifier(args, run, name, heads, groups, batches, per_epoch, judged, device)
-    verdicts = judged()
-    best = max(range(len(verdicts)), key=lambda rate: verdicts[rate]["top1"])
-    by_lr = {f"{lr:g}": verdict["top1"] for lr, verdict in zip(args.lr, verdicts, strict=True)}
-    return {"lr": args.lr[best], "top1_by_lr": by_lr, **verdicts[best]}
-
-
-def fine_tune(args, run, name, encoder, train, val, loader, size, device):
-    """Train the network and a linear layer on it, each at its rate; returns the verdict."""
-    torch.manual_seed(args.seed)
-    head = linear_classifier(encoder.backbone.feature_dim, train.num_classes)
-    network = common.Classifier(encoder.backbone.requires_grad_(True), head).to(device)
+def fine_tune(run, name, encoder, loader, val, options):
+    """Train the network and a linear layer on it, each at its learning rate. Returns the metrics."""
+    lr, backbone_lr = run.args.lr[0], run.args.backbone_lr
+    torch.manual_seed(run.args.seed)
+    head = linear_classifier(encoder.backbone.feature_dim, val.num_classes)
+    network = common.Classifier(encoder.backbone.requires_grad_(True), head).to(loader.device).train()
     network.amp = encoder.amp
-    groups = [{"params": network.backbone.parameters(), "lr": args.backbone_lr},
-              {"params": head.parameters(), "lr": args.lr[0]}]  # fmt: skip
-
-    def batches(step, stop):
-        for (images,), labels in loader.batches(step, stop):
-            yield images, labels
-
-    def judged():
-        features = common.extract_features(network, val, size, args.batch_size, args.workers, device)
-        return [evaluate(head, *features)]
-
-    train_classifier(args, run, name, network.train(), groups, batches, len(loader), judged, device)
-    return {"lr": args.lr[0], "backbone_lr": args.backbone_lr, **judged()[0]}
+    groups = [{"params": network.backbone.parameters(), "lr": backbone_lr}, {"params": head.parameters(), "lr": lr}]
+    (metrics,) = train_classifier(
+        run, name, network, groups, loader, lambda: [evaluate(head, *common.extract_features(network, val, *options))]
+    )
+    return {"lr": lr, "backbone_lr": backbone_lr, **metrics}
 
 
-def train_classifier(args, run, name, model, groups, batches, per_epoch, judged, device):
-    """Train `model` for all epochs on `batches(step, stop)`, or go on with it; each group of weights has its rate."""
+def train_classifier(run, name, model, groups, batches, evaluate_model):
+    """Train `model`, from its checkpoint if there is one. Returns `evaluate_model()`, a list of metrics.
+
+    groups: parameter groups with their learning rates. batches: a `common.Loader` or one of the classes above.
+    """
+    args, device, metrics = run.args, next(model.parameters()).device, None
     rates = [group["lr"] for group in groups]
     optimizer = common.sgd(groups, rates[0], args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=args.finetune and args.amp == "fp16")
@@ -281,11 +285,11 @@ def train_classifier(args, run, name, model, groups, batches, per_epoch, judged,
     # Every process trains a probe on the whole batch: cheaper than to exchange its gradients
     ddp_model = common.distribute(model) if args.finetune else model
 
-    for epoch in run.epochs(args.epochs, per_epoch):
+    for epoch in run.epochs(args.epochs, len(batches)):
         factor = lr_factor(args.schedule, epoch, args.epochs)
         for group, lr in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = lr * factor
-        for inputs, labels in run.batches(batches):
+        for (inputs,), labels in run.batches(batches):
             logits = ddp_model(inputs)
             losses = torch.stack([F.cross_entropy(x, labels) for x in logits.view(-1, *logits.shape[-2:])])
             optimizer.zero_grad()
@@ -293,50 +297,50 @@ def train_classifier(args, run, name, model, groups, batches, per_epoch, judged,
             scaler.step(optimizer)
             scaler.update()
             run.track({"loss": losses.min()}, args.lr[0] * factor)
-        run.log({"weights": name, "top1": [verdict["top1"] for verdict in judged()]})
+        metrics = evaluate_model()
+        run.log({"weights": name, "top1": [values["top1"] for values in metrics]})
+    return metrics or evaluate_model()
 
 
-@torch.no_grad()
-def draw_neighbours(run, file_name, train, val, train_set, val_set, size, queries=8, neighbours=10):
+def draw_neighbours(path, datasets, features, size, queries=8, neighbours=10):
     """Write a picture with a row for each query: a validation image and its nearest training images, nearest first.
 
-    A frame is blue where the neighbour's class is the query's, and red where it is another.
+    The frame is blue where the neighbour has the query's class and red where it has another. datasets: training and
+    validation images; features: what `common.extract_features` returns for each.
     """
-    run.name_unreadable()
+    (train, val), (train_set, (val_features, val_labels)) = datasets, features
+    rows = (val_labels >= 0).nonzero()[:, 0]
+    rows = rows[torch.linspace(0, len(rows) - 1, queries).long().unique()]
+    found = common.nearest_neighbours(train_set, gather_rows(val_features, rows), neighbours)
+    nearest = torch.cat([numbers for _, numbers in found])[:, : (train_set[1] >= 0).sum()]
     if common.rank() > 0:
         return
-    rows = torch.linspace(0, len(val_set[0]) - 1, queries).long().unique()
-    _, nearest = common.nearest_neighbours(train_set[0], val_set[0][rows], min(neighbours, len(train_set[0])))
-    right = train_set[1][nearest] == val_set[1][rows, None]
-    view = common.View(size)
-    tiles = []
-    for row, found, same in zip(rows, nearest, right, strict=True):
-        for dataset, numbers, frames in ((val, row[None], [None]), (train, found, same.tolist())):
-            numbers = readable(dataset)[numbers.cpu().numpy()]
-            images = dataset[common.BatchRequest(numbers, [view], None, None)][0][0]
-            images = common.TF.to_dtype(images.cpu(), torch.float32, scale=True)
-            images = F.interpolate(images, max(64, size), mode="nearest")
-            for image, frame in zip(images, frames, strict=True):
-                color = {None: (0.5, 0.5, 0.5), True: (0.1, 0.4, 0.9), False: (0.9, 0.2, 0.1)}[frame]
-                tile = torch.tensor(color)[:, None, None].repeat(1, image.shape[1] + 8, image.shape[2] + 8)
-                tile[:, 4:-4, 4:-4] = image
-                tiles.append(tile)
+
+    def pixels(dataset, numbers):
+        request = common.BatchRequest(numbers.flatten().cpu().numpy(), [common.View(size)])
+        images = common.TF.to_dtype(dataset[request][0][0].cpu(), torch.float32, scale=True)
+        return F.interpolate(images, max(64, size), mode="nearest").unflatten(0, numbers.shape)
+
+    same = (train_set[1][nearest] == val_labels[rows, None]).cpu()
+    grey, blue, red = torch.tensor([[0.5, 0.5, 0.5], [0.1, 0.4, 0.9], [0.9, 0.2, 0.1]])
+    colors = torch.cat([grey.expand(len(rows), 1, 3), blue.where(same[:, :, None], red)], dim=1)
+    images = torch.cat([pixels(val, rows[:, None]), pixels(train, nearest)], dim=1)
+    tiles = colors[..., None, None].repeat(1, 1, 1, images.shape[3] + 8, images.shape[4] + 8)
+    tiles[..., 4:-4, 4:-4] = images
     save = torchvision.utils.save_image
-    common.atomic_write(
-        run.folder / file_name, lambda file: save(tiles, file, nrow=len(tiles) // len(rows), format="png")
-    )
+    common.atomic_write(path, lambda file: save(tiles.flatten(0, 1), file, nrow=tiles.shape[1], format="png"))
 
 
-def print_table(results, ks):
-    """Print a line for each judged network, the best first."""
+def print_table(results):
+    """Print a line for each network, the best first."""
     protocol = "finetune" if any("finetune" in result for result in results.values()) else "linear"
     width = max(len("weights"), *map(len, results))
-    columns = [f"{k}-NN" for k in ks] + [protocol, "top-5", "at lr"]
+    columns = [f"{k}-NN" for k in next(iter(results.values()))["knn"]] + [protocol, "top-5", "at lr"]
     print(f"{'weights':{width}}  parameters" + "".join(f"{column:>9}" for column in columns))
     for name, result in sorted(results.items(), key=lambda item: -item[1][protocol]["top1"]):
-        verdict = result[protocol]
-        values = [result["knn"][str(k)] for k in ks] + [verdict["top1"], verdict["top5"]]
-        cells = "".join(f"{value:9.2f}" for value in values) + f"{verdict['lr']:9g}"
+        metrics = result[protocol]
+        values = [*result["knn"].values(), metrics["top1"], metrics["top5"]]
+        cells = "".join(f"{value:9.2f}" for value in values) + f"{metrics['lr']:9g}"
         print(f"{name:{width}}  {result['parameters']:10,}" + cells)
 
 
@@ -345,7 +349,7 @@ def parse_args():
     add = parser.add_argument
     add("--weights", nargs="+", required=True, help="files (backbone.pth, checkpoint.pth, any teacher), or random or "
         "torchvision, the untrained or labelled network of --arch")  # fmt: skip
-    add("--arch", help="network of random and torchvision (files tell theirs)")
+    add("--arch", help="network of random and torchvision (files store theirs)")
     add("--lr", type=common.positive_float, nargs="+", default=[30.0, 10.0, 3.0, 1.0, 0.3, 0.1], help="learning "
         "rates to probe (default %(default)s; papers: 30 for ResNets, 3 for others; 0.2 with --finetune)")  # fmt: skip
     add("--schedule", choices=list(SCHEDULES), default="steps", help="of the learning rate: cut by 10 at 60 and 80 %% "

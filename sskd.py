@@ -296,7 +296,8 @@ def load_teacher(args, num_classes):
 def accuracy(network, dataset, size, args, device):
     """Top-1 accuracy of a Classifier in percent; every image counts once, on any number of processes."""
     features, labels = common.extract_features(network, dataset, size, args.batch_size, args.workers, device)
-    return 100 * (network.classifier(features).argmax(dim=1) == labels).float().mean().item()
+    right = network.classifier(features).argmax(dim=1) == common.local_share(labels)
+    return 100 * common.all_reduce(right.sum()).item() / (labels >= 0).sum().item()
 
 
 # Defaults for the small sets, the released code's, and for folders, those of torchdistill's run on ImageNet. Milestones

@@ -9,8 +9,9 @@
                  (a copy of the queue, then the temperature over (N, 1 + K) similarities).
     SSKD         a whole training step with its data on two cores, images a second, against the same networks and losses
                  behind the released code's input: flip, turns and padded crops image by image in PIL, two workers.
-    Verdict      a probe of eight learning rates against one of one, images behind a frozen network; time and memory of
-                 k-NN votes beside the features they look at.
+    Evaluation   a probe of eight learning rates against one of one, images behind a frozen network; memory and time of
+                 features, k-NN and a cached probe on one and on two processes. With --imagenet this alone, at
+                 ImageNet's size with 2048 dimensions on two processes: about 6 GiB each, and an hour.
     Saving       the pause of a checkpoint of MoCo v2 with ResNet-50 and a queue of 65536, and what it adds to a run.
     Tracking     what counting a step costs: the log, the question whether to save or to stop.
 
@@ -18,6 +19,7 @@ Each pair runs in turn, so that a change of the machine's speed meets both; the 
 """
 
 import argparse
+import os
 import random
 import re
 import statistics
@@ -36,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import common
 from disco import DisCo
-from linear_eval import Probe, frozen_batches
+from linear_eval import CachedBatches, FrozenBatches, Probe
 from moco_v2 import MoCo
 from seed import seed_loss
 from sskd import SSKD, rotate_and_crop
@@ -253,7 +255,7 @@ def probe_rates(arch="resnet18", size=96, batch_size=64, steps=4, classes=1000):
         optimizer = torch.optim.SGD(probe.parameters(), 1.0, momentum=0.9, fused=True)
 
         def train():
-            for features, labels in frozen_batches(encoder, loader, 0, steps):
+            for (features,), labels in FrozenBatches(encoder, loader).batches(0, steps):
                 losses = [torch.nn.functional.cross_entropy(logits, labels) for logits in probe(features)]
                 optimizer.zero_grad()
                 torch.stack(losses).sum().backward()
@@ -266,21 +268,88 @@ def probe_rates(arch="resnet18", size=96, batch_size=64, steps=4, classes=1000):
           f"one {1e3 * one / steps:.0f} ms, ratio {ratio:.3f}")  # fmt: skip
 
 
-def knn_memory(images, dim, queries):
-    """Memory in MiB that votes of 200 neighbours add to the features, and seconds, in a fresh process."""
-    train, labels = torch.randn(images, dim), torch.randint(1000, (images,))
-    query, target = torch.randn(queries, dim), torch.randint(1000, (queries,))
-    before, start = peak_memory(), time.perf_counter()
-    common.knn_accuracy(train, labels, query, target, [10, 20, 200], 1000, 0.07)
-    return peak_memory() - before, time.perf_counter() - start
+class Noise:
+    """A stand-in for a data set and for an encoder: labels by number, random features of `dim` dimensions."""
+
+    in_memory, mean_std = True, common.IMAGENET_MEAN_STD
+
+    def __init__(self, images, dim):
+        self.images, self.feature_dim, self.backbone, self.training = images, dim, self, False
+
+    def __len__(self):
+        return self.images
+
+    def __getitem__(self, request):
+        return [torch.zeros(len(request.indices), 3, 1, 1)], torch.from_numpy(request.indices % 1000), {}
+
+    def features(self, images):
+        return torch.randn(len(images), self.feature_dim)
+
+    def buffers(self):
+        return []
+
+    def eval(self):
+        pass
+
+    def train(self, training):
+        pass
 
 
-def knn(images=640_000, dim=256, queries=1000):
-    """Print memory and time of k-NN at half of ImageNet's number of images and an eighth of its dimensions."""
-    with torch.multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        memory, seconds = pool.apply(knn_memory, (images, dim, queries))
-    print(f"k-NN, {images} images of {dim} dimensions, {queries} queries: {memory:.0f} MiB beside the features' "
-          f"{images * dim / 2**18:.0f} MiB, {seconds:.1f} s")  # fmt: skip
+def evaluate_noise(rank, processes, folder, images, dim, queries, steps):
+    """Extract features, vote, and train a cached probe; saves seconds and peak memory in MiB after each stage."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(processes))
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=processes)
+    torch.manual_seed(rank)
+    stages = []
+
+    def stage(function, *args):
+        start = time.perf_counter()
+        result = function(*args)
+        stages.append((time.perf_counter() - start, peak_memory()))
+        return result
+
+    def extract(*counts):
+        return [common.extract_features(Noise(n, dim), Noise(n, dim), 1, 256, 0, CPU) for n in counts]
+
+    def draw(batches):
+        for _ in batches.batches(0, steps):
+            pass
+
+    def train_probe(batches):
+        probe = Probe(dim, 1000, 6)
+        optimizer = torch.optim.SGD(probe.parameters(), 1.0, momentum=0.9, fused=True)
+        for (features,), labels in batches.batches(0, steps):
+            losses = [torch.nn.functional.cross_entropy(logits, labels) for logits in probe(features)]
+            optimizer.zero_grad()
+            torch.stack(losses).sum().backward()
+            optimizer.step()
+
+    for counts in ((1000, 1000), (images, queries)):  # the first time for code that is loaded when it is needed
+        train, val = stage(extract, *counts)
+        stage(common.knn_accuracy, train, val, [10, 20, 200], 1000)
+        stage(draw, CachedBatches(*train, 256, 0))
+        stage(train_probe, CachedBatches(*train, 256, 0))
+    base = stages[3][1]
+    torch.save([(seconds, peak - base) for seconds, peak in stages[4:]], f"{folder}/{rank}")
+    torch.distributed.destroy_process_group()
+
+
+def evaluation(images=196_000, dim=1280, queries=1000, processes=(1, 2), steps=20):
+    """Print memory a process, and seconds, of features, k-NN and a cached probe of six rates and 1000 classes."""
+    whole = images * dim / 2**18
+    print(f"evaluation, {images} images of {dim} dimensions ({whole:.0f} MiB), {queries} queries:")
+    for count in processes:
+        with tempfile.TemporaryDirectory() as folder:
+            options = count, folder, images, dim, queries, steps
+            torch.multiprocessing.spawn(evaluate_noise, options, nprocs=count)
+            by_process = [torch.load(f"{folder}/{rank}") for rank in range(count)]
+        stages = [tuple(map(max, zip(*stage, strict=True))) for stage in zip(*by_process, strict=True)]
+        (extraction, _), (knn, _), (batches, _), (training, memory) = stages
+        peaks = ", ".join(f"{peak:.0f}" for _, peak in stages)
+        print(f"    {count} processes: peak MiB a process {peaks} ({memory / whole:.2f} of all features); features "
+              f"{extraction:.0f} s, k-NN {knn:.0f} s, a batch {1e3 * batches / steps:.1f} ms, a step "
+              f"{1e3 * training / steps:.0f} ms")  # fmt: skip
 
 
 def saving(folder):
@@ -312,6 +381,8 @@ def saving(folder):
 
 
 def main():
+    if "--imagenet" in sys.argv:
+        return evaluation(1_281_167, 2048, 50_000, processes=(2,))
     with tempfile.TemporaryDirectory() as folder:
         saving(Path(folder))
     with tempfile.TemporaryDirectory() as folder:
@@ -324,7 +395,7 @@ def main():
     step("efficientnet_b0", 224, 16, 65536)
     step("resnet8", 32, 128, 4096)
     probe_rates()
-    knn()
+    evaluation()
     sskd_step("resnet20", "resnet8")
     sskd_step("wrn_40_2", "wrn_16_2", steps=2)
     seed_queue()  # last: it changes how the processor treats very small numbers

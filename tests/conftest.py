@@ -188,6 +188,13 @@ def on_processes(processes, function, tmp_path, *args):
     return [torch.load(tmp_path / f"{rank}.pth") for rank in range(processes)]
 
 
+def share_of(features, labels):
+    """What `extract_features` returns on this process, of features and labels of all images."""
+    missing = -len(labels) % common.world_size()
+    features, labels = torch.cat([features, features[:missing]]), F.pad(labels, (0, missing), value=-1)
+    return common.local_share(features), labels
+
+
 def both_modes(function):
     return {training: function(training) for training in (False, True)}
 

@@ -353,10 +353,8 @@ def test_shapes_are_balanced_repeatable_and_not_solved_by_pixels():
     assert labels.bincount().tolist() == [200] * 10
     test_images, test_labels = common.draw_shapes(500, 32, seed=1)
     assert not (images[:500] == test_images).all(dim=(1, 2, 3)).any()
-    accuracy = common.knn_accuracy(
-        images.flatten(1).float(), labels, test_images.flatten(1).float(), test_labels, [10], 10
-    )
-    assert accuracy[10] < 50
+    train, val = (images.flatten(1).float(), labels), (test_images.flatten(1).float(), test_labels)
+    assert common.knn_accuracy(train, val, [10], 10)["knn"][10] < 50
     assert common.load_dataset("shapes:30", None, "train", CPU, 48)[0].images.shape == (30, 3, 48, 48)
 
 
@@ -662,13 +660,12 @@ def features_after_own_batches():
     encoder = common.Encoder(common.build_backbone("resnet8", 16), torch.nn.Identity())
     encoder(torch.randn(8, 3, 16, 16) + common.rank())
     dataset, size = common.load_dataset("shapes:20", None, "val", CPU, 16)
-    return common.extract_features(encoder, dataset, size, 100, 0, CPU)[0][-50:]  # the last process does these
+    return common.extract_features(encoder, common.subset(dataset, np.arange(100)), size, 100, 0, CPU)[0]
 
 
 def test_features_are_by_the_statistics_of_rank_0(on_two):
-    alone = features_after_own_batches()
-    for results in on_two:
-        torch.testing.assert_close(results["own statistics"], alone)
+    parts = [results["own statistics"] for results in on_two]
+    torch.testing.assert_close(torch.cat(parts), features_after_own_batches(), rtol=1e-5, atol=1e-6)
 
 
 def features_of_shapes():
@@ -679,28 +676,32 @@ def features_of_shapes():
     return features, labels, encoder.training
 
 
-def test_features_are_complete_and_in_order_on_any_number_of_processes(on_two):
+def test_each_process_has_the_features_of_its_share_in_order(on_two):
     alone, labels, training = features_of_shapes()
     assert alone.shape == (37, 64) and torch.equal(labels, common.draw_shapes(37, 32, 0)[1]) and training
-    for features, same_labels, _ in (results["features"] for results in on_two):
-        torch.testing.assert_close(features, alone, rtol=1e-5, atol=1e-6)
-        assert torch.equal(labels, same_labels)
+    shares, all_labels, _ = zip(*(results["features"] for results in on_two), strict=True)
+    assert [len(share) for share in shares] == [19, 19]
+    torch.testing.assert_close(torch.cat(shares)[:37], alone, rtol=1e-5, atol=1e-6)
+    for same_labels in all_labels:
+        assert torch.equal(same_labels, torch.cat([labels, torch.tensor([-1])]))
 
 
-@pytest.mark.parametrize("temperature", [None, 0.07])
-def test_knn_counts_votes_as_written_out(temperature, monkeypatch):
+@pytest.mark.parametrize(("name", "temperature"), [("knn", None), ("knn_weighted", 0.07)])
+def test_knn_counts_votes_as_written_out(name, temperature, monkeypatch):
     torch.manual_seed(0)
     train, train_labels = torch.randn(50, 4), torch.randint(5, (50,))
     query, labels = torch.randn(30, 4), torch.randint(5, (30,))
+    train_labels[3], labels[4] = -1, -1  # cannot be read
     right = dict.fromkeys((1, 7, 50), 0)
     for x, label in zip(query, labels, strict=True):
         similarity = torch.cosine_similarity(train, x[None])
+        similarity[3] = -torch.inf
         for k in right:
             votes = [0.0] * 5
-            for j in similarity.argsort(descending=True)[:k].tolist():
+            for j in similarity.argsort(descending=True)[: min(k, 49)].tolist():
                 votes[train_labels[j]] += 1 if temperature is None else np.exp(similarity[j].item() / temperature)
             right[k] += votes.index(max(votes)) == label.item()
-    for block in (common.KNN_BLOCK, 200):  # all at once, and four queries at a time
-        monkeypatch.setattr(common, "KNN_BLOCK", block)
-        ours = common.knn_accuracy(train, train_labels, query, labels, [1, 7, 50], 5, temperature)
-        assert ours == pytest.approx({k: 100 * n / 30 for k, n in right.items()})
+    for queries in (64, 4):
+        monkeypatch.setattr(common, "KNN_QUERIES", queries)
+        ours = common.knn_accuracy((train, train_labels), (query, labels), [1, 7, 50], 5, 0.07)[name]
+        assert ours == pytest.approx({k: 100 * n / 29 for k, n in right.items()})

@@ -1,7 +1,7 @@
-"""Linear probe and k-NN judge features as the papers do, and run from end to end."""
+"""Linear probe and k-NN evaluate features as the papers do, and run from end to end."""
 
-import argparse
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import on_processes, run, run_script
+from conftest import on_processes, run, run_script, share_of
 
 import common
 import linear_eval
-from linear_eval import Probe, cached_batches, evaluate, lr_factor
+from linear_eval import CachedBatches, Probe, evaluate, lr_factor
 
 
 def test_heads_share_features_but_not_learning():
@@ -39,27 +39,16 @@ def test_heads_share_features_but_not_learning():
         torch.testing.assert_close(weight, trained([rate])[0])
 
 
-def test_verdict_by_hand():
+def test_metrics_by_hand():
     head = nn.Linear(8, 8)
     head.weight.data.copy_(torch.eye(8))
     head.bias.data.zero_()
-    features = torch.tensor([[8.0, 7, 6, 5, 4, 3, 2, 1]] * 3 + [[1.0, 2, 3, 4, 5, 6, 7, 8]])  # told 0, 0, 0 and 7
-    verdict = evaluate(head, features, torch.tensor([0, 4, 5, 7]))
-    assert verdict["top1"] == 50.0 and verdict["top5"] == 75.0
-    assert verdict["per_class"] == [100.0, None, None, None, 0.0, 0.0, None, 100.0]
-    confusion = torch.tensor(verdict["confusion"])
+    features = torch.tensor([[8.0, 7, 6, 5, 4, 3, 2, 1]] * 4 + [[1.0, 2, 3, 4, 5, 6, 7, 8]])  # predicted 0 and 7
+    metrics = evaluate(head, features, torch.tensor([0, 4, -1, 5, 7]))  # -1: an image that cannot be read
+    assert metrics["top1"] == 50.0 and metrics["top5"] == 75.0
+    assert metrics["per_class"] == [100.0, None, None, None, 0.0, 0.0, None, 100.0]
+    confusion = torch.tensor(metrics["confusion"])
     assert confusion[0, 0] == confusion[4, 0] == confusion[5, 0] == confusion[7, 7] == 1 and confusion.sum() == 4
-
-
-def test_plain_and_weighted_votes():
-    torch.manual_seed(0)
-    train, val = ((torch.randn(n, 4), torch.randint(3, (n,))) for n in (200, 100))
-    args = argparse.Namespace(knn=[5, 50], knn_temperature=0.07)
-    votes = linear_eval.k_nearest(args, train, val, 3)
-    for name, temperature in (("knn", None), ("knn_weighted", 0.07)):
-        expected = common.knn_accuracy(*train, *val, args.knn, 3, temperature)
-        assert votes[name] == {str(k): accuracy for k, accuracy in expected.items()}
-    assert votes["knn"]["50"] != votes["knn_weighted"]["50"]
 
 
 def test_learning_rate_falls_at_60_and_80_percent_or_by_discos_halvings():
@@ -71,11 +60,14 @@ def test_learning_rate_falls_at_60_and_80_percent_or_by_discos_halvings():
 
 
 def test_cached_batches_see_every_image_once_an_epoch():
-    features, labels = torch.arange(20.0)[:, None], torch.arange(20)
-    batches = [list(cached_batches(features, labels, 5, 0, step, 8)) for step in (0, 4, 6)]
+    features, labels = torch.arange(21.0)[:, None], torch.arange(21)
+    labels[6] = -1  # cannot be read
+    loader = CachedBatches(features, labels, 5, 0)
+    batches = [list(loader.batches(step, 8)) for step in (0, 4, 6)]
+    assert len(loader) == 4 and [len(epoch) for epoch in batches] == [4, 4, 2]
     for epoch in batches[:2]:
-        assert sorted(torch.cat([y for _, y in epoch]).tolist()) == list(range(20))
-        assert all(torch.equal(x[:, 0].long(), y) for x, y in epoch)
+        assert sorted(torch.cat([y for _, y in epoch]).tolist()) == [*range(6), *range(7, 21)]
+        assert all(torch.equal(x[:, 0].long(), y) for (x,), y in epoch)
     assert not torch.equal(batches[0][0][1], batches[1][0][1])
     assert torch.equal(batches[2][0][1], batches[1][2][1])  # step 6 is the third of the second epoch
 
@@ -120,7 +112,7 @@ def test_every_kind_of_weights_in_one_table(tmp_path, teacher_file):
 
 
 def test_features_separate_what_they_should(tmp_path):
-    """A probe on raw class colours reaches 100 %: the judge itself does not lose accuracy."""
+    """A probe on raw class colours reaches 100 %: the evaluation itself does not lose accuracy."""
     from PIL import Image
 
     rng = np.random.default_rng(0)
@@ -163,28 +155,82 @@ def table_of(folder):
 PROTOCOLS = {"cached": "--cached", "crops": "--lr 1 --label-fraction 0.5"}
 
 
-def judge_twice(out, teacher_file):
-    """Run both protocols on this or several processes."""
+def batches_from_shares():
+    torch.manual_seed(0)
+    labels = torch.arange(40)
+    labels[[3, 39]] = -1
+    return list(CachedBatches(*share_of(torch.randn(40, 3), labels), 6, 0).batches(0, 6))
+
+
+def neighbours_of_equal_images():
+    """Training images, queries, and the neighbours that `nearest_neighbours` finds, a few at a time.
+
+    All products of features are exact, most images occur several times, and two cannot be read.
+    """
+    rng = np.random.default_rng(0)
+    vectors = torch.tensor([[4.0, 0, 0], [0, 4, 0], [0, 2, 0], [0, 0, 4], [0, 0, -2]])
+    train, queries = vectors[rng.integers(5, size=41)], vectors[rng.integers(5, size=12)]
+    labels = torch.arange(41) % 3
+    labels[[0, 30]] = -1
+    shares = share_of(train, labels), common.local_share(queries)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "KNN_QUERIES", 5)
+        found = [zip(*common.nearest_neighbours(*shares, k), strict=True) for k in (7, 39, 41)]
+        found = [[torch.cat(parts) for parts in neighbours] for neighbours in found]
+    return train, labels, queries, found
+
+
+def results_of_a_process(out, teacher_file):
+    """What does not depend on the number of processes, and the folders with both protocols' results."""
     for name, switches in PROTOCOLS.items():
         with pytest.MonkeyPatch.context() as patch:
-            line = f"{SMALL} --weights {teacher_file} --epochs 3 {switches} --out {out}/{name}"
+            line = f"{SMALL} --weights {teacher_file} --epochs 3 {switches} --out {out}/{common.world_size()}/{name}"
             patch.setattr(sys, "argv", line.split())
             linear_eval.main()
+    return {"batches": batches_from_shares(), "neighbours": neighbours_of_equal_images()}
 
 
-def test_verdict_is_the_same_on_one_two_and_three_processes(tmp_path, teacher_file):
-    """2000 validation images do not share out evenly over three; each counts once."""
-    judge_twice(tmp_path / "1", teacher_file)
-    for processes in (2, 3):
-        on_processes(processes, judge_twice, tmp_path, tmp_path / str(processes), teacher_file)
+@pytest.fixture(scope="module")
+def on_one_two_three(tmp_path_factory, teacher_file):
+    """Results of one, two and three processes, a list each, and the folder of the evaluations."""
+    out = tmp_path_factory.mktemp("on_one_two_three")
+    alone = results_of_a_process(out, teacher_file)
+    return [[alone], *(on_processes(n, results_of_a_process, out, out, teacher_file) for n in (2, 3))], out
+
+
+def test_results_are_the_same_on_one_two_and_three_processes(on_one_two_three):
+    """2000 validation images cannot be divided by three; each counts once."""
     for name in PROTOCOLS:
-        alone, *others = (table_of(tmp_path / str(processes) / name) for processes in (1, 2, 3))
+        alone, *others = (table_of(on_one_two_three[1] / str(processes) / name) for processes in (1, 2, 3))
         assert alone == others[0] == others[1]
         (result,) = alone.values()
         assert sum(map(sum, result["linear"]["confusion"])) == 2000
         right = sum(row[i] for i, row in enumerate(result["linear"]["confusion"]))
         assert result["linear"]["top1"] == right / 20
         assert len(result["linear"]["top1_by_lr"]) == (6 if name == "cached" else 1)
+
+
+def test_cached_batches_are_the_same_on_any_number_of_processes(on_one_two_three):
+    ([alone], *several), _ = on_one_two_three
+    for result in [*several[0], *several[1]]:
+        for ((x,), y), ((features,), labels) in zip(result["batches"], alone["batches"], strict=True):
+            assert torch.equal(x, features) and torch.equal(y, labels)
+
+
+def test_equal_neighbours_come_in_order_on_any_number_of_processes(on_one_two_three):
+    ([alone], *several), _ = on_one_two_three
+    train, labels, queries, found = alone["neighbours"]
+    similarity = F.normalize(queries, dim=1) @ F.normalize(train, dim=1).T
+    similarity[:, labels < 0] = -torch.inf
+    expected = similarity.sort(dim=1, descending=True, stable=True)
+    for i, (similar, numbers) in enumerate(found):
+        k = min(numbers.shape[1], 39)
+        assert torch.equal(numbers[:, :k], expected.indices[:, :k])
+        torch.testing.assert_close(similar, expected.values[:, : similar.shape[1]], rtol=0, atol=1e-9)
+        for results in several:
+            parts = [result["neighbours"][3][i] for result in results]
+            assert torch.equal(torch.cat([numbers[:, :k] for _, numbers in parts]), numbers[:, :k])
+            assert torch.equal(torch.cat([similar for similar, _ in parts]), similar)
 
 
 def test_the_network_learns_when_fine_tuned_and_goes_on(tmp_path, teacher_file):
@@ -212,13 +258,30 @@ def test_the_network_learns_when_fine_tuned_and_goes_on(tmp_path, teacher_file):
     assert not torch.equal(tuned["backbone.bn1.running_mean"], before["bn1.running_mean"])
 
 
-def test_cached_features_are_kept_and_used_again(tmp_path, teacher_file, monkeypatch):
-    line = f"{SMALL} --weights {teacher_file} --cached --epochs 2 --lr 1 --out {tmp_path}"
-    run(f"{line} --max-steps 3")
-    (tmp_path / "eval.json").unlink()
-    monkeypatch.setattr(common, "extract_features", None)
-    run(line)
-    assert table_of(tmp_path)[str(teacher_file)]["linear"]["top1"] > 0
+def evaluate_again(line, out):
+    """Evaluate without and with features in the folder, then where rank 0 alone sees eval.json: extractions of each."""
+    counts = []
+    extract, read = common.extract_features, common.Run.read
+    for seen in (False, False, True):
+        calls = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [*line.split(), "--out", str(out)])
+            patch.setattr(common, "extract_features", lambda *a, calls=calls, **k: calls.append(a) or extract(*a, **k))
+            patch.setattr(common.Run, "read", lambda *a: read(*a) if common.rank() == 0 else None)
+            if common.rank() == 0 and not seen:
+                (out / "eval.json").unlink(missing_ok=True)
+            linear_eval.main()
+        counts.append(len(calls))
+    return counts
+
+
+def test_cached_features_are_used_again_and_rank_0_decides_what_is_done(tmp_path, teacher_file):
+    """Features that another number of processes has written are not used."""
+    line = f"{SMALL} --weights {teacher_file} --cached --epochs 2 --lr 1"
+    assert evaluate_again(line, tmp_path / "one") == [2, 0, 0]
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    assert on_processes(2, evaluate_again, tmp_path, line, tmp_path / "two") == [[2, 0, 0], [2, 0, 0]]
+    assert table_of(tmp_path / "one") == table_of(tmp_path / "two")
 
 
 def test_labels_by_list_and_by_fraction(tmp_path, image_folder, teacher_file):
@@ -241,15 +304,9 @@ def test_picture_of_neighbours(tmp_path):
     train = common.ArrayDataset(colors[labels][:, :, None, None].repeat(1, 1, 8, 8), labels, 2, torch.device("cpu"))
     val = common.subset(train, np.arange(6))
     features = [(colors[dataset.labels].float(), dataset.labels.clone()) for dataset in (train, val)]
-    features[0][1][0] = 1  # of the wrong class, to the judge
-
-    class Folder:
-        folder = tmp_path
-
-        def name_unreadable(self, step):
-            pass
-
-    linear_eval.draw_neighbours(Folder(), "neighbors.png", train, val, *features, 8, queries=2, neighbours=12)
+    features[0][1][0] = 1  # the wrong class
+    path = tmp_path / "neighbors.png"
+    linear_eval.draw_neighbours(path, (train, val), features, 8, queries=2, neighbours=12)
     picture = common.read_image(str(tmp_path / "neighbors.png"))
     assert picture.shape == (3, 2 * 74 + 2, 13 * 74 + 2)
     row, wrong, right, query = picture[:, 2 + 36], [], [], picture[:, 3, 10].tolist()
@@ -262,7 +319,7 @@ def test_picture_of_neighbours(tmp_path):
 
 
 def test_images_come_at_the_networks_size(tmp_path, teacher_file, monkeypatch):
-    """A checkpoint tells it; a released file of 224 pixels is judged at 224, whatever the data set."""
+    """A checkpoint has it; a released file of 224 pixels is evaluated at 224, whatever the data set."""
 
     def load(data, root, device, size):
         raise common.UserError(str(size))
@@ -280,6 +337,6 @@ def test_images_come_at_the_networks_size(tmp_path, teacher_file, monkeypatch):
     }
     for weights, size in cases.items():
         monkeypatch.setattr(sys, "argv", f"linear_eval.py --data shapes --weights {weights}".split())
-        with pytest.raises(common.UserError) as told:
+        with pytest.raises(common.UserError) as error:
             linear_eval.main()
-        assert str(told.value) == str(size)
+        assert str(error.value) == str(size)
