@@ -174,7 +174,8 @@ def main():
 def parse_args():
     parser = common.common_parser("disco", __doc__, epochs=200, batch_size=256, lr=0.03, weight_decay=1e-4)
     add = parser.add_argument
-    add("--teacher", required=True, help="file of a frozen teacher: a checkpoint of moco_v2.py or a released one")
+    add("--teacher", required=True, help="file of a frozen teacher: a checkpoint of moco_v2.py or a released one; or "
+        "torchvision, its labelled weights of --teacher-arch")  # fmt: skip
     add("--teacher-arch", help="the teacher's network (default: read from its file)")
     add("--student", required=True, help="network, any of torchvision's or of CIFAR's (common.CIFAR_NETWORKS)")
     add("--hidden-dim", type=common.positive_int, default=2048, help="hidden layer of the student's head (default "

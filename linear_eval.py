@@ -102,8 +102,9 @@ def main():
     for name in args.weights:
         if args.weights.count(name) > 1:
             raise common.UserError(f"--weights names {name} twice")
-    files = {name: common.load_teacher(name) for name in args.weights if name not in ("random", "torchvision")}
-    sizes = [encoder.backbone.image_size for encoder in files.values()] + [224] * ("torchvision" in args.weights)
+    files = {name: common.load_teacher(name, args.arch if name == "torchvision" else None)
+             for name in args.weights if name != "random"}  # fmt: skip
+    sizes = [encoder.backbone.image_size for encoder in files.values()]
     size = args.image_size or max(sizes, default=None)
     train, val, size = common.load_labelled(args.data, args.data_root, device, size)
     if args.label_list:
@@ -113,7 +114,7 @@ def main():
         raise common.UserError(f"--knn {max(args.knn)} is larger than the {len(train)} training images")
     crop = common.View(size, scale=(0.08, 1.0), color=False)
     loader = common.Loader(train, [crop], args.batch_size, args.seed, args.workers, device)
-    encoders = {name: files.get(name) or untrained(name, args.arch, size, args.seed) for name in args.weights}
+    encoders = {name: files.get(name) or untrained(args.arch, size, args.seed) for name in args.weights}
     for name, encoder in encoders.items():
         common.check_input_size(encoder.backbone, name, size)
         encoder.eval()
@@ -152,12 +153,10 @@ def main():
         print_table(results, args.knn)
 
 
-def untrained(name, arch, image_size, seed):
-    """The Encoder of `random` weights or of `torchvision`'s labelled ones, frozen."""
+def untrained(arch, image_size, seed):
+    """The Encoder of `random` weights, frozen."""
     if not arch:
-        raise common.UserError(f"--weights {name} needs a network: pass --arch NAME")
-    if name == "torchvision":
-        return common.load_torchvision(arch)
+        raise common.UserError("--weights random needs a network: pass --arch NAME")
     torch.manual_seed(seed)
     return common.Encoder(common.build_backbone(arch, image_size), nn.Identity()).requires_grad_(False).eval()
 
