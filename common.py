@@ -47,6 +47,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
+from torch.export.passes import move_to_device_pass
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as TF
@@ -1130,7 +1131,9 @@ def check_input_size(network, arch, image_size, option="--image-size"):
         network.eval()(torch.zeros(1, 3, image_size, image_size))
     except (RuntimeError, ValueError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{arch} does not take images of {image_size} pixels ({reason}): raise {option}") from None
+        raise UserError(
+            f"{arch} does not take images of {image_size} pixels ({reason}): pass another {option}"
+        ) from None
     network.train()
 
 
@@ -1206,7 +1209,7 @@ def build_classifier(arch, num_classes, image_size=224):
 # must begin with one of `others`, else the file is refused. activation: of the head.
 Layout = namedtuple("Layout", "written_by mark backbone head others classifier activation",
                     defaults=(None, (), None, nn.ReLU))  # fmt: skip
-ANY = ("",)
+ANY, MOMENTUM = ("",), ("momentum_encoder.", "predictor.")
 LAYOUTS = (
     Layout("moco_v2.py", "encoder.head.", "encoder.backbone.", "encoder.head.", ANY),
     Layout("disco.py, seed.py", "student.head.", "student.backbone.", "student.head.", ANY),
@@ -1214,11 +1217,31 @@ LAYOUTS = (
     Layout("MoCo v1 and v2, DisCo", "encoder_q.", "encoder_q.", "encoder_q.fc.", ("encoder_k.", "teacher.", "queue")),
     Layout("SEED", "student.fc.", "student.", "student.fc.", ("teacher.", "queue", "small_queue")),
     Layout("SwAV, DeepCluster-v2, SeLa-v2", "projection_head.", "", "projection_head.", ("prototypes.",)),
-    Layout("DINO", "head.mlp.", "backbone.", "head.mlp.", ("head.last_layer.",), None, nn.GELU),
+    Layout("MoCo v3's ResNets", "base_encoder.fc.", "base_encoder.", "base_encoder.fc.", MOMENTUM),
+    Layout("MoCo v3", "base_encoder.head.", "base_encoder.", "base_encoder.head.", MOMENTUM),
+    Layout("DINO, iBOT", "head.mlp.", "backbone.", "head.mlp.", ("head.last_",), None, nn.GELU),
+    Layout("DINOv2", "dino_head.", "backbone.", "dino_head.mlp.", ("dino_head.", "ibot_head."), None, nn.GELU),
     Layout("SSKD's students", "proj_head.", "backbone.", None, ("proj_head.",)),
     Layout("SimCLR", "backbone.fc.0.", "backbone.", "backbone.fc."),
-    Layout("bare and labelled networks of torchvision, CRD and SSKD, or a backbone.pth", "", ""),
+    Layout("bare and labelled networks of torchvision, CRD and SSKD, vision transformers, or a backbone.pth", "", ""),
 )  # fmt: skip
+# Keys of vision transformers in the code of DINO, iBOT, MAE, MoCo v3, DINOv2 and timm, and torchvision's for the same
+TRANSFORMER_KEYS = (
+    (r"^(mask_token|masked_embed|decoder_.*)$", ""),  # left out
+    (r"^cls_token$", "class_token"),
+    (r"^pos_embed$", "encoder.pos_embedding"),
+    (r"^patch_embed\.proj\.(weight|bias)$", r"conv_proj.\1"),
+    (r"^blocks\.(\d+\.)?(\d+)\.", r"encoder.layers.encoder_layer_\2."),  # DINOv2 can number chunks of blocks, too
+    (r"\.norm([12])\.", r".ln_\1."),
+    (r"\.attn\.qkv\.", ".self_attention.in_proj_"),
+    (r"\.attn\.proj\.", ".self_attention.out_proj."),
+    (r"\.mlp\.(fc|linear_)1\.", ".mlp.0."),
+    (r"\.mlp\.(fc|linear_)2\.", ".mlp.3."),
+    (r"^norm\.", "encoder.ln."),
+    (r"^head\.(weight|bias)$", r"heads.head.\1"),
+)
+FOREIGN_TRANSFORMERS = {r"\.mlp\.w\d": "SwiGLU", r"^patch_embed\.proj\.\d": "a convolutional stem",
+                        r"^rope_": "rotary positions"}  # fmt: skip
 WRAPPERS = ("model", "state_dict", "teacher")  # keys around a state dict; of DINO's two networks the teacher is better
 
 
@@ -1249,17 +1272,25 @@ def load_file(path, whole=False):
         raise CorruptCheckpoint(f"{path} is not a readable checkpoint ({reason})") from None
 
 
-def load_teacher(path, arch=None):
+def load_teacher(path, arch=None, image_size=None, trust=False):
     """Read a network with its projection head, frozen and in eval mode.
 
-    path: a file of any layout in `LAYOUTS`, or "torchvision" for its labelled weights of `arch`, fetched where missing.
-    The architecture is read from the file; `arch` overrides it. Without a head in the file, features are the embedding.
-    Returns an Encoder. Raises UserError for a file that fits nothing or only in part.
+    path: a file of any layout in `LAYOUTS`; "torchvision" for its labelled weights of `arch`, fetched where missing;
+    or, with `trust`, a .pt2 program of torch.export. The architecture is read from the file; `arch` insists on one.
+    image_size: of the images that a vision transformer takes (default: the file's own). Without a head in the file,
+    features are the embedding. Returns an Encoder. Raises UserError for a file that fits nothing or only in part.
     """
-    backbone, parts, layout = load_backbone(path, arch)
-    head = build_head(parts["head"], layout.activation)
-    load_strict(head, parts["head"], f"projection head of {path}")
-    return Encoder(backbone, head).requires_grad_(False).eval()
+    if str(path).endswith(".pt2"):
+        if not trust:
+            raise UserError(
+                f"{path} is a program, which can run any code: pass --trust-teacher if you trust its author"
+            )
+        encoder = Encoder(Program(path, image_size), nn.Identity())
+    else:
+        backbone, parts, layout = load_backbone(path, arch, image_size)
+        encoder = Encoder(backbone, build_head(parts["head"], layout.activation))
+        load_strict(encoder.head, parts["head"], f"projection head of {path}")
+    return encoder.requires_grad_(False).eval()
 
 
 def load_classifier(path, arch=None, num_classes=None):
@@ -1268,6 +1299,8 @@ def load_classifier(path, arch=None, num_classes=None):
     Returns a Classifier. Raises UserError as `load_teacher` does, where the file has no classifier, and where that one
     has another number of classes.
     """
+    if str(path).endswith(".pt2"):
+        raise UserError(f"{path} is a program and has no linear classifier: a network trained with labels is needed")
     backbone, parts, _ = load_backbone(path, arch)
     state = parts["classifier"]
     if state.keys() != {"weight", "bias"} or state["weight"].ndim != 2:
@@ -1280,26 +1313,114 @@ def load_classifier(path, arch=None, num_classes=None):
     return Classifier(backbone, classifier).requires_grad_(False).eval()
 
 
-def load_backbone(path, arch):
+def load_backbone(path, arch, image_size=None):
     """The backbone of a file, with its weights, the state dicts of its head and classifier, and its layout.
 
-    backbone.image_size is the size that the network was trained at, as far as the file tells.
+    backbone.image_size is `image_size`, or else the size that the network was trained at, as far as the file tells.
     """
-    if path == "torchvision":
-        checkpoint = torchvision_weights(arch)
-    else:
-        checkpoint = load_file(path)
+    checkpoint = torchvision_weights(arch) if path == "torchvision" else load_file(path)
     layout, parts = split_state(path, checkpoint)
-    if not arch and checkpoint.get("arch") in network_names():
-        arch = checkpoint["arch"]
-    arch, stem_size, state = infer_arch(path, parts["backbone"], arch)
-    backbone = build_backbone(arch, stem_size)
+    state, written = parts["backbone"], checkpoint.get("arch")
+    arch = arch or (written if written in network_names() else None)
+    if state.keys() & {"cls_token", "class_token"} and (not arch or arch.startswith("vit_")):
+        backbone, state = build_transformer(path, state, image_size, layout.written_by == "MoCo v3")
+    else:
+        arch, stem_size, state = infer_arch(path, state, arch)
+        backbone = build_backbone(arch, stem_size)
+        size = image_size or checkpoint.get("image_size") or config_image_size(path)
+        backbone.image_size = size if isinstance(size, int) else stem_size
     own = {key: state.pop(key) for key in list(state) if key.rpartition(".")[0] == backbone.classifier_name}
-    load_strict(backbone, state, f"{path} as {arch}")
     parts["classifier"] = parts["classifier"] or {key.rpartition(".")[2]: value for key, value in own.items()}
-    size = checkpoint.get("image_size")
-    backbone.image_size = size if isinstance(size, int) else config_image_size(path) or stem_size
+    load_strict(backbone, state, f"{path} as {arch}" if arch else str(path), assign=True)
     return backbone, parts, layout
+
+
+def build_transformer(path, state, image_size=None, moco_v3=False):
+    """torchvision's VisionTransformer for the state dict of any, still without weights, and the dict with its keys.
+
+    LayerScale (DINOv2) is multiplied into the layer before it; registers become class tokens without a position.
+    Positions are interpolated where image_size is not the file's, as the code of DINO and, with registers, DINOv2 does.
+    Raises UserError for transformers of other kinds and for an image size that the patches do not divide.
+    """
+    for pattern, name in TRANSFORMER_KEYS:
+        state = {re.sub(pattern, name, key): value for key, value in state.items()}
+    state.pop("", None)
+    block, stem, positions = "encoder.layers.encoder_layer_", "conv_proj.weight", "encoder.pos_embedding"
+    foreign = [what for pattern, what in FOREIGN_TRANSFORMERS.items() if any(re.search(pattern, key) for key in state)]
+    foreign += [f"no {key}" for key in (stem, positions, f"{block}0.mlp.0.weight") if key not in state]
+    grid = 0 if foreign else math.isqrt(state[positions].shape[1] - 1)
+    if foreign or grid**2 + 1 != state[positions].shape[1]:
+        raise UserError(f"{path} has {foreign[0] if foreign else 'no square of positions'}, unlike torchvision's "
+                        "VisionTransformer: export the network as a program and pass FILE.pt2")  # fmt: skip
+    for key in [key for key in state if key.endswith(".gamma")]:
+        prefix, scale, _ = key.rsplit(".", 2)
+        layer = prefix + {"ls1": ".self_attention.out_proj", "ls2": ".mlp.3"}[scale]
+        gamma = state.pop(key)
+        state[f"{layer}.weight"] = state[f"{layer}.weight"] * gamma[:, None]
+        state[f"{layer}.bias"] = state[f"{layer}.bias"] * gamma
+
+    width, _, patch, _ = state[stem].shape
+    registers = state.pop("register_tokens", torch.empty(1, 0, width))
+    image_size = image_size or grid * patch
+    size = image_size // patch
+    if image_size % patch:
+        raise UserError(f"{path} has patches of {patch} pixels, which do not divide images of {image_size}: pass "
+                        f"--image-size {max(1, size) * patch}, or another multiple")  # fmt: skip
+    first, rest = state[positions].split([1, grid**2], dim=1)
+    if size != grid:
+        how = {"size": (size, size), "antialias": True} if registers.numel() else {"scale_factor": (size + 0.1) / grid}
+        rest = rest.unflatten(1, (grid, grid)).permute(0, 3, 1, 2)
+        rest = F.interpolate(rest, mode="bicubic", **how).flatten(2).transpose(1, 2)
+    state[positions] = torch.cat([first, torch.zeros_like(registers), rest], dim=1)
+    state["class_token"] = torch.cat([state["class_token"], registers], dim=1)
+
+    depth = sum(key.endswith(".ln_1.weight") for key in state)
+    heads = 12 if moco_v3 and width == 384 else 16 if width == 1280 else width // 64
+    with torch.device("meta"):
+        network = torchvision.models.VisionTransformer(image_size, patch, depth, heads, width,
+                                                       len(state[f"{block}0.mlp.0.weight"]))  # fmt: skip
+        network.class_token = nn.Parameter(torch.empty(state["class_token"].shape))
+        network.encoder.pos_embedding = nn.Parameter(torch.empty(state[positions].shape))
+    remove_classifier(network)
+    network.image_size = image_size
+    return network, state
+
+
+class Program(nn.Module):
+    """A program of torch.export from a file, as a frozen backbone: images (N, 3, H, W) -> features (N, feature_dim).
+
+    image_size: default is the size that the program was exported at. Raises UserError for a file that is not readable,
+    and for a program that does not take any number of images of this size.
+    """
+
+    def __init__(self, path, image_size=None):
+        super().__init__()
+        try:
+            self.program = torch.export.load(path)
+            for node in list(self.program.graph.nodes):
+                if node.target is torch.ops.aten._assert_tensor_metadata.default:
+                    self.program.graph.erase_node(node)  # it checks the precision, which autocast changes
+            self.image_size = image_size or self.program.example_inputs[0][0].shape[-1]
+            self.to("cpu")
+            with torch.no_grad():
+                _, self.feature_dim = self(torch.zeros(3, 3, self.image_size, self.image_size)).shape
+        except Exception as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise UserError(f"{path} is not a program that turns any number of images of --image-size into features "
+                            f"(N, D) ({reason}): export it with a dynamic batch, at this size") from None  # fmt: skip
+
+    def forward(self, images):
+        return self.network(images)
+
+    def train(self, mode=True):
+        """Nothing: a program keeps the mode that it was exported in, and its own `train` raises."""
+        return self
+
+    def _apply(self, function, recurse=True):
+        """Move the program with its constants and operations to another device; its precision stays."""
+        device = function(torch.empty(0)).device
+        self.network = move_to_device_pass(self.program, device).module().requires_grad_(False)
+        return self
 
 
 def torchvision_weights(arch):
@@ -1317,7 +1438,7 @@ def torchvision_weights(arch):
 def config_image_size(path):
     """The image size of the run that wrote a backbone.pth, from the config.json beside it; None without one."""
     try:
-        config = json.loads(Path(path).with_name("config.json").read_text())
+        config = json.loads(Path(path).with_name("config.json").read_text()) if path != "torchvision" else {}
         arguments = config["arguments"]
         data = (arguments["data"] or "").partition(":")[0]
         default = 96 if data == "stl10" else 32 if data in (*SMALL_SETS, "shapes") else 224
@@ -1336,6 +1457,7 @@ def split_state(path, checkpoint):
         raise UserError(f"{path} holds no network's weights")
     # "module." is DataParallel's, whatever the layout, and some nested it
     state = {re.sub(r"^(module\.)+", "", str(k)): v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
     layout = next(layout for layout in LAYOUTS if any(key.startswith(layout.mark) for key in state))
 
     def take(prefix):
@@ -1367,9 +1489,12 @@ def build_head(state, activation=nn.ReLU):
     for place in range(max(places, default=-1) + 1):
         weight = shapes.get(f"{place}.weight", ())
         if len(weight) == 2:
-            layers.append(nn.Linear(*weight[::-1]))
+            bias = f"{place}.bias" in shapes or f"{place + 1}.running_mean" not in shapes
+            layers.append(nn.Linear(*weight[::-1], bias=bias))
+        elif f"{place}.running_mean" in shapes:
+            layers.append(nn.BatchNorm1d(*shapes[f"{place}.running_mean"], affine=bool(weight)))
         else:
-            layers.append(nn.BatchNorm1d(*weight) if weight else activation())
+            layers.append(activation())
     return nn.Sequential(*layers)
 
 
@@ -1400,12 +1525,15 @@ def backbone_shapes(arch, image_size):
     return network.classifier_name, {key: value.shape for key, value in network.state_dict().items()}
 
 
-def load_strict(module, state, what):
-    """Load a state dict and raise UserError, naming keys, where one is missing, left over or of another shape."""
+def load_strict(module, state, what, assign=False):
+    """Load a state dict and raise UserError, naming keys, where one is missing, left over or of another shape.
+
+    With `assign` the module takes the tensors themselves, without a copy.
+    """
     expected, found = ({key: value.shape for key, value in part.items()} for part in (module.state_dict(), state))
     if expected != found:
         raise UserError(f"{what} does not fit; for example {describe_mismatch(expected, found)}")
-    module.load_state_dict(state)
+    module.load_state_dict(state, assign=assign)
 
 
 def describe_mismatch(expected, found):
@@ -1424,7 +1552,7 @@ def infer_arch(path, state, arch=None):
     The classifier may be missing. Keys that are those of CRD's released files become torchvision's. Raises UserError
     where no network fits, or where `arch` does not.
     """
-    nearest = 0, None, None, None
+    nearest = -1, None, None, None
     names = [arch] if arch else candidates(state)
     stem = state.get("conv1.weight")
     stem_size = 32 if stem is not None and stem.shape[-1] == 3 else 224
