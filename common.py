@@ -34,7 +34,7 @@ import threading
 import time
 import traceback
 import zipfile
-from collections import namedtuple
+from collections import OrderedDict, namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -47,6 +47,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
+from torch.export.passes import move_to_device_pass
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as TF
@@ -875,104 +876,107 @@ def to_device(loader, device):
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def conv_bn(in_channels, channels, kernel, stride=1, groups=1, bias=False):
-    """A convolution that keeps the image's size where its stride is 1, and its BatchNorm."""
-    layer = nn.Conv2d(in_channels, channels, kernel, stride, kernel // 2, groups=groups, bias=bias)
-    return layer, nn.BatchNorm2d(channels)
-
-
-def kaiming_init(network, classifier_std=None):
-    """Initialise convolutions as He et al. (2015) by the number of outputs; on request the classifier, too."""
+def kaiming_init(network):
+    """Initialise convolutions as He et al. (2015), by the number of outputs and with biases of 0; returns `network`."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-        if isinstance(module, nn.Linear) and classifier_std:
-            nn.init.normal_(module.weight, std=classifier_std)
-            nn.init.zeros_(module.bias)
     return network
 
 
-class CifarNetwork(nn.Module):
-    """A stem, stages of blocks, perhaps a last convolution; then the mean over the image and a classifier.
-
-    The networks for 32-pixel images that CRD (Tian et al., 2020) brought together, which later work on distillation
-    compares with, SSKD too, are of this form or of those below. Modules bear the names of their released files.
-    """
-
-    def __init__(self, stem, *stages, last=None, dim, classifier="linear", num_classes=10):
-        super().__init__()
-        self.conv1, self.bn1 = stem
-        self.stages = [f"layer{number + 1}" for number in range(len(stages))]
-        for name, blocks in zip(self.stages, stages, strict=True):
-            self.add_module(name, nn.Sequential(*blocks))
-        self.conv2, self.bn2 = last or (None, None)
-        self.add_module(classifier, nn.Linear(dim, num_classes))
-        self.classifier = classifier
-
-    def forward(self, x):
-        x = F.relu(self.bn1(self.conv1(x)))
-        for name in self.stages:
-            x = self.get_submodule(name)(x)
-        if self.conv2:
-            x = F.relu(self.bn2(self.conv2(x)))
-        return self.get_submodule(self.classifier)(x.mean(dim=(2, 3)))
+# The networks for 32-pixel images that CRD (Tian et al., 2020) brought together. Later work on distillation, SSKD too,
+# compares with them. Where torchvision has the network, or its blocks, it is torchvision's. The parameters come in the
+# order of the released files, so that the loader can rename the keys of those files.
 
 
-def repeat(block, in_channels, channels, count):
-    """Blocks of a stage: the first halves the image and changes its channels."""
-    return block(in_channels, channels, 2), *(block(channels, channels, 1) for _ in range(count - 1))
+def conv_bn(in_channels, channels, kernel, stride=1, groups=1):
+    """A convolution that keeps the image's size where its stride is 1, and its BatchNorm."""
+    layer = nn.Conv2d(in_channels, channels, kernel, stride, kernel // 2, groups=groups, bias=False)
+    return layer, nn.BatchNorm2d(channels)
+
+
+def conv_network(layers, dim, classifier="fc"):
+    """A Sequential of the named layers, average pooling and a linear classifier of ten classes."""
+    tail = {"pool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten(), classifier: nn.Linear(dim, 10)}
+    return nn.Sequential(OrderedDict({**layers, **tail}))
+
+
+def three_stages(block, channels, depths, first_stride=2):
+    """Stages of blocks, layer1 to layer3: the first block of a stage has its stride and changes the channels."""
+    stages = {}
+    for number, depth in enumerate(depths):
+        before, after = channels[number : number + 2]
+        first = block(before, after, 2 if number else first_stride)
+        stages[f"layer{number + 1}"] = nn.Sequential(first, *(block(after, after, 1) for _ in range(depth - 1)))
+    return stages
 
 
 def cifar_resnet(depth, channels=(16, 16, 32, 64)):
     """ResNet for 32-pixel images (He et al., 2016, section 4.2): 6n + 2 layers, a stem and three stages of channels."""
 
-    def stage(in_channels, channels, stride):
-        block, shortcut = torchvision.models.resnet.BasicBlock, None
-        if stride > 1 or in_channels != channels:
-            shortcut = nn.Sequential(*conv_bn(in_channels, channels, 1, stride))
-        first = block(in_channels, channels, stride, shortcut)
-        return first, *(block(channels, channels) for _ in range((depth - 2) // 6 - 1))
+    def block(in_channels, channels, stride):
+        shortcut = nn.Sequential(*conv_bn(in_channels, channels, 1, stride)) if in_channels != channels else None
+        return torchvision.models.resnet.BasicBlock(in_channels, channels, stride, shortcut)
 
-    a, b, c, d = channels
-    stages = stage(a, b, 1), stage(b, c, 2), stage(c, d, 2)
-    network = kaiming_init(CifarNetwork(conv_bn(3, a, 3), *stages, dim=d, classifier="fc"))
-    for module in network.modules():
-        if isinstance(module, torchvision.models.resnet.BasicBlock):
-            nn.init.zeros_(module.bn2.weight)  # a block starts as the identity (Goyal et al., 2017)
+    conv, norm = conv_bn(3, channels[0], 3)
+    stages = three_stages(block, channels, [(depth - 2) // 6] * 3, first_stride=1)
+    return kaiming_init(conv_network({"conv1": conv, "bn1": norm, "relu": nn.ReLU(), **stages}, channels[-1]))
+
+
+class WideBlock(nn.Module):
+    """Block of Wide ResNet: BatchNorm and ReLU before the convolutions."""
+
+    def __init__(self, in_channels, channels, stride):
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1, self.bn2 = conv_bn(in_channels, channels, 3, stride)
+        self.conv2, _ = conv_bn(channels, channels, 3)
+        self.convShortcut = conv_bn(in_channels, channels, 1, stride)[0] if in_channels != channels else None
+
+    def forward(self, x):
+        out = F.relu(self.bn1(x))
+        shortcut = self.convShortcut(out) if self.convShortcut else x
+        return shortcut + self.conv2(F.relu(self.bn2(self.conv1(out))))
+
+
+def wide_resnet(depth, width):
+    """Wide ResNet (Zagoruyko and Komodakis, 2016): 6n + 4 layers, `width` times the channels."""
+    channels = (16, 16 * width, 32 * width, 64 * width)
+    stages = three_stages(WideBlock, channels, [(depth - 4) // 6] * 3, first_stride=1)
+    stages = {f"block{n}": nn.Sequential(OrderedDict(layer=stage)) for n, stage in enumerate(stages.values(), start=1)}
+    layers = {"conv1": conv_bn(3, 16, 3)[0], **stages, "bn1": nn.BatchNorm2d(channels[-1]), "relu": nn.ReLU()}
+    network = kaiming_init(conv_network(layers, channels[-1]))
+    nn.init.zeros_(network.fc.bias)
     return network
 
 
-class Bottleneck(nn.Module):
-    """torchvision's block of ResNet-50, under the names of CRD's files."""
-
-    def __init__(self, in_channels, hidden, stride):
-        super().__init__()
-        self.conv1, self.bn1 = conv_bn(in_channels, hidden, 1)
-        self.conv2, self.bn2 = conv_bn(hidden, hidden, 3, stride)
-        self.conv3, self.bn3 = conv_bn(hidden, 4 * hidden, 1)
-        changes = in_channels != 4 * hidden
-        self.shortcut = nn.Sequential(*(conv_bn(in_channels, 4 * hidden, 1, stride) if changes else ()))
-
-    def forward(self, x):
-        out = F.relu(self.bn1(self.conv1(x)))
-        out = F.relu(self.bn2(self.conv2(out)))
-        return F.relu(self.bn3(self.conv3(out)) + self.shortcut(x))
+def cifar_vgg(layers):
+    """VGG with BatchNorm from a row of `torchvision.models.vgg.cfgs`: three max-poolings and one linear layer."""
+    start = layers.index(512)
+    layers = layers[:start] + [layer for layer in layers[start:] if layer != "M"]
+    features = torchvision.models.vgg.make_layers(layers, batch_norm=True)
+    network = kaiming_init(conv_network({"features": features}, 512, "classifier"))
+    nn.init.normal_(network.classifier.weight, std=0.01)
+    nn.init.zeros_(network.classifier.bias)
+    return network
 
 
-def cifar_resnet50():
-    """ResNet-50 with a stem of 3x3 and no pooling."""
-
-    def stage(in_channels, hidden, blocks, stride):
-        return Bottleneck(in_channels, hidden, stride), *(Bottleneck(4 * hidden, hidden, 1) for _ in range(blocks - 1))
-
-    stages = stage(64, 64, 3, 1), stage(256, 128, 4, 2), stage(512, 256, 6, 2), stage(1024, 512, 3, 2)
-    return kaiming_init(CifarNetwork(conv_bn(3, 64, 3), *stages, dim=2048))
+def cifar_mobilenet_v2():
+    """MobileNetV2 of half the width, with ReLU, its third stage at full size."""
+    # CRD's first block has the 1x1 convolution that torchvision leaves out where the expansion is exactly 1.
+    setting = [[1.01, 16, 1, 1], [6, 24, 2, 1], [6, 32, 3, 2], [6, 64, 4, 2], [6, 96, 3, 1], [6, 160, 3, 2],
+               [6, 320, 1, 1]]  # fmt: skip
+    network = torchvision.models.MobileNetV2(10, 0.5, setting, round_nearest=4)
+    for name, module in list(network.named_modules()):
+        if isinstance(module, nn.ReLU6):
+            network.set_submodule(name, nn.ReLU(inplace=True))
+    return network
 
 
 class ShuffleV1Block(nn.Module):
-    """Block of ShuffleNet (Zhang et al., 2018). With stride 2 the pooled input is put beside, not added."""
+    """Block of ShuffleNet (Zhang et al., 2018). With stride 2 the block concatenates the pooled input."""
 
     def __init__(self, in_channels, channels, stride):
         super().__init__()
@@ -990,245 +994,118 @@ class ShuffleV1Block(nn.Module):
         return F.relu(out + x if self.stride == 1 else torch.cat([out, F.avg_pool2d(x, 3, 2, padding=1)], dim=1))
 
 
-class ShuffleV2Block(nn.Module):
-    """Block of ShuffleNet V2 (Ma et al., 2018): half of the channels pass by, with stride 2 through two layers."""
-
-    def __init__(self, in_channels, channels, stride):
-        super().__init__()
-        half, self.stride = channels // 2, stride
-        if stride == 2:
-            self.conv1, self.bn1 = conv_bn(in_channels, in_channels, 3, 2, groups=in_channels)
-            self.conv2, self.bn2 = conv_bn(in_channels, half, 1)
-            self.conv3, self.bn3 = conv_bn(in_channels, half, 1)
-            self.conv4, self.bn4 = conv_bn(half, half, 3, 2, groups=half)
-            self.conv5, self.bn5 = conv_bn(half, half, 1)
-        else:
-            self.conv1, self.bn1 = conv_bn(half, half, 1)
-            self.conv2, self.bn2 = conv_bn(half, half, 3, groups=half)
-            self.conv3, self.bn3 = conv_bn(half, half, 1)
-
-    def forward(self, x):
-        if self.stride == 2:
-            left = F.relu(self.bn2(self.conv2(self.bn1(self.conv1(x)))))
-            right = F.relu(self.bn3(self.conv3(x)))
-            right = F.relu(self.bn5(self.conv5(self.bn4(self.conv4(right)))))
-        else:
-            left, right = x.chunk(2, dim=1)
-            right = F.relu(self.bn1(self.conv1(right)))
-            right = F.relu(self.bn3(self.conv3(self.bn2(self.conv2(right)))))
-        return F.channel_shuffle(torch.cat([left, right], dim=1), 2)
-
-
 def shuffle_v1():
     """ShuffleNet of 3 groups with a stem of 1x1."""
-    stages = [repeat(ShuffleV1Block, *stage) for stage in ((24, 240, 4), (240, 480, 8), (480, 960, 4))]
-    return CifarNetwork(conv_bn(3, 24, 1), *stages, dim=960)
+    conv, norm = conv_bn(3, 24, 1)
+    stages = three_stages(ShuffleV1Block, (24, 240, 480, 960), (4, 8, 4))
+    return conv_network({"conv1": conv, "bn1": norm, "relu": nn.ReLU(), **stages}, 960, "linear")
 
 
 def shuffle_v2():
-    """ShuffleNet V2 with a stem of 1x1."""
-    stages = [repeat(ShuffleV2Block, *stage) for stage in ((24, 116, 4), (116, 232, 8), (232, 464, 4))]
-    return CifarNetwork(conv_bn(3, 24, 1), *stages, last=conv_bn(464, 1024, 1), dim=1024)
+    """torchvision's ShuffleNet V2 with a stem of 1x1 and no max-pooling."""
+    network = torchvision.models.shufflenet_v2_x1_0(num_classes=10)
+    network.conv1[0] = nn.Conv2d(3, 24, 1, bias=False)
+    network.maxpool = nn.Identity()
+    return network
 
 
-class WideBlock(nn.Module):
-    """Block of Wide ResNet: BatchNorm and ReLU before the convolutions."""
-
-    def __init__(self, in_channels, channels, stride):
-        super().__init__()
-        self.bn1 = nn.BatchNorm2d(in_channels)
-        self.conv1, self.bn2 = conv_bn(in_channels, channels, 3, stride)
-        self.conv2 = conv_bn(channels, channels, 3)[0]
-        self.convShortcut = conv_bn(in_channels, channels, 1, stride)[0] if in_channels != channels else None
-
-    def forward(self, x):
-        out = F.relu(self.bn1(x))
-        shortcut = self.convShortcut(out) if self.convShortcut else x
-        return shortcut + self.conv2(F.relu(self.bn2(self.conv1(out))))
+def small_stem(network):
+    """Give a torchvision ResNet a 3x3 stem of stride 1 without max-pooling (SimCLR, appendix B.9), in place."""
+    network.conv1 = nn.Conv2d(3, network.bn1.num_features, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
+    network.maxpool = nn.Identity()
+    return network
 
 
-class WideResNet(nn.Module):
-    """Wide ResNet (Zagoruyko and Komodakis, 2016): 6n + 4 layers, `width` times the channels."""
-
-    def __init__(self, depth, width):
-        super().__init__()
-        self.conv1 = conv_bn(3, 16, 3)[0]
-        in_channels, blocks = 16, (depth - 4) // 6
-        for number, channels in enumerate((16 * width, 32 * width, 64 * width), start=1):
-            first = WideBlock(in_channels, channels, stride=1 if number == 1 else 2)
-            stage = nn.Sequential(first, *(WideBlock(channels, channels, 1) for _ in range(blocks - 1)))
-            self.add_module(f"block{number}", nn.ModuleDict({"layer": stage}))
-            in_channels = channels
-        self.bn1 = nn.BatchNorm2d(in_channels)
-        self.fc = nn.Linear(in_channels, 10)
-        kaiming_init(self)
-        nn.init.zeros_(self.fc.bias)
-
-    def forward(self, x):
-        x = self.conv1(x)
-        for block in (self.block1, self.block2, self.block3):
-            x = block["layer"](x)
-        return self.fc(F.relu(self.bn1(x)).mean(dim=(2, 3)))
-
-
-class CifarVGG(nn.Module):
-    """VGG (Simonyan and Zisserman, 2015) with BatchNorm and one linear layer; convolutions: how many in each block."""
-
-    def __init__(self, *convolutions):
-        super().__init__()
-        in_channels = 3
-        for number, (count, channels) in enumerate(zip(convolutions, (64, 128, 256, 512, 512), strict=True)):
-            layers = []
-            for _ in range(count):
-                layers += [*conv_bn(in_channels, channels, 3, bias=True), nn.ReLU()]
-                in_channels = channels
-            self.add_module(f"block{number}", nn.Sequential(*layers))
-        self.classifier = nn.Linear(512, 10)
-        kaiming_init(self, classifier_std=0.01)
-
-    def forward(self, x):
-        for block in (self.block0, self.block1, self.block2):
-            x = F.max_pool2d(block(x), 2)
-        return self.classifier(self.block4(self.block3(x)).mean(dim=(2, 3)))
-
-
-class InvertedResidual(nn.Module):
-    """Block of MobileNetV2: 1x1 to more channels, 3x3 in each of them, 1x1 to fewer."""
-
-    def __init__(self, in_channels, channels, stride, expansion):
-        super().__init__()
-        hidden, self.adds = in_channels * expansion, stride == 1 and in_channels == channels
-        widen, filters = conv_bn(in_channels, hidden, 1), conv_bn(hidden, hidden, 3, stride, groups=hidden)
-        self.conv = nn.Sequential(*widen, nn.ReLU(), *filters, nn.ReLU(), *conv_bn(hidden, channels, 1))
-
-    def forward(self, x):
-        return x + self.conv(x) if self.adds else self.conv(x)
-
-
-class CifarMobileNetV2(nn.Module):
-    """MobileNetV2 (Sandler et al., 2018) of half the width, its third stage at full size."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv1 = nn.Sequential(*conv_bn(3, 16, 3, 2), nn.ReLU())
-        self.blocks, in_channels = nn.ModuleList(), 16
-        settings = (
-            (1, 8, 1, 1),
-            (6, 12, 2, 1),
-            (6, 16, 3, 2),
-            (6, 32, 4, 2),
-            (6, 48, 3, 1),
-            (6, 80, 3, 2),
-            (6, 160, 1, 1),
-        )
-        for expansion, channels, count, stride in settings:
-            first = InvertedResidual(in_channels, channels, stride, expansion)
-            rest = (InvertedResidual(channels, channels, 1, expansion) for _ in range(count - 1))
-            self.blocks.append(nn.Sequential(first, *rest))
-            in_channels = channels
-        self.conv2 = nn.Sequential(*conv_bn(in_channels, 1280, 1), nn.ReLU())
-        self.classifier = nn.Linear(1280, 10)
-        kaiming_init(self, classifier_std=0.01)
-
-    def forward(self, x):
-        x = self.conv1(x)
-        for block in self.blocks:
-            x = block(x)
-        return self.classifier(self.conv2(x).mean(dim=(2, 3)))
-
-
+VGG_ROWS = {11: "A", 13: "B", 16: "D", 19: "E"}
 CIFAR_NETWORKS = {
     **{f"resnet{depth}": partial(cifar_resnet, depth) for depth in (8, 14, 20, 32, 44, 56, 110)},
     **{f"resnet{depth}x4": partial(cifar_resnet, depth, (32, 64, 128, 256)) for depth in (8, 32)},
-    "ResNet50": cifar_resnet50,
-    **{f"wrn_{depth}_{width}": partial(WideResNet, depth, width) for depth in (16, 40) for width in (1, 2)},
-    "vgg8": partial(CifarVGG, 1, 1, 1, 1, 1),
-    "vgg11": partial(CifarVGG, 1, 1, 2, 2, 2),
-    "vgg13": partial(CifarVGG, 2, 2, 2, 2, 2),
-    "vgg16": partial(CifarVGG, 2, 2, 3, 3, 3),
-    "vgg19": partial(CifarVGG, 2, 2, 4, 4, 4),
-    "MobileNetV2": CifarMobileNetV2,
+    "ResNet50": lambda: small_stem(torchvision.models.resnet50(num_classes=10)),
+    **{f"wrn_{depth}_{width}": partial(wide_resnet, depth, width) for depth in (16, 40) for width in (1, 2)},
+    "vgg8": partial(cifar_vgg, [64, "M", 128, "M", 256, "M", 512, 512]),
+    **{f"vgg{n}": partial(cifar_vgg, torchvision.models.vgg.cfgs[row]) for n, row in VGG_ROWS.items()},
+    "MobileNetV2": cifar_mobilenet_v2,
     "ShuffleV1": shuffle_v1,
     "ShuffleV2": shuffle_v2,
 }
 
 
-WIDENED = {f"resnet50w{times}": times for times in (2, 4, 5)}  # SwAV's; torchvision's wide ones are so inside blocks
-
-
-def widen(network, times):
-    """Give every layer of a ResNet so many times the channels, but for the image's and the classes."""
-    for name, layer in list(network.named_modules()):
-        if isinstance(layer, nn.Conv2d):
-            in_channels = layer.in_channels * (times if name != "conv1" else 1)
-            wide = nn.Conv2d(in_channels, times * layer.out_channels, layer.kernel_size, layer.stride, layer.padding,
-                             bias=False)  # fmt: skip
-            network.set_submodule(name, wide)
-        elif isinstance(layer, nn.BatchNorm2d):
-            network.set_submodule(name, nn.BatchNorm2d(times * layer.num_features))
-        elif isinstance(layer, nn.Linear):
-            network.set_submodule(name, nn.Linear(times * layer.in_features, layer.out_features))
+def widened_resnet50(times):
+    """SwAV's ResNet-50 with so many times the channels in every layer; torchvision's are wide inside blocks only."""
+    block = type("Bottleneck", (torchvision.models.resnet.Bottleneck,), {"expansion": 4 * times})
+    network = torchvision.models.ResNet(block, [3, 4, 6, 3], width_per_group=64 * times)
+    network.conv1 = nn.Conv2d(3, 64 * times, 7, 2, 3, bias=False)
+    network.bn1 = nn.BatchNorm2d(64 * times)
+    network.layer1[0].conv1 = nn.Conv2d(64 * times, 64 * times, 1, bias=False)
+    network.layer1[0].downsample[0] = nn.Conv2d(64 * times, 256 * times, 1, bias=False)
     return kaiming_init(network)
+
+
+WIDENED = {f"resnet50w{times}": partial(widened_resnet50, times) for times in (2, 4, 5)}
+TORCHVISION_NETWORKS = tuple(torchvision.models.list_models(module=torchvision.models))  # the classification networks
 
 
 def network_names():
     """Names that `build_backbone` takes: of `CIFAR_NETWORKS`, `WIDENED` and torchvision's classification networks."""
-    return list(dict.fromkeys([*CIFAR_NETWORKS, *WIDENED, *torchvision.models.list_models(module=torchvision.models)]))
+    return list(dict.fromkeys([*CIFAR_NETWORKS, *WIDENED, *TORCHVISION_NETWORKS]))
 
 
 def build_backbone(arch, image_size=224):
     """A network without its classifier, randomly initialised: (N, 3, H, W) -> features (N, feature_dim).
 
-    Keys are those of torchvision, or of the released files of `CIFAR_NETWORKS`. The last linear layer becomes the
-    identity, so that features are its input; its name is kept in `.classifier_name`. Dropout and stochastic depth are
-    off, as in the papers. At 32 pixels and less torchvision's ResNets get a 3x3 stem of stride 1 without max-pooling
-    (SimCLR, appendix B.9), and vgg11 to vgg19, which both have, are CIFAR's.
-    Raises UserError for an unknown name.
+    Keys are torchvision's. The last linear layer becomes the identity, so that features are its input;
+    `.classifier_name` keeps its name. Dropout and stochastic depth are off, as in the papers. At 32 pixels and less
+    torchvision's ResNets get a 3x3 stem, and vgg11 to vgg19, which both have, are CIFAR's.
+    Raises UserError for an unknown name and for images that are too small.
     """
     if arch not in network_names():
         close = difflib.get_close_matches(arch, network_names(), n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "take any of torchvision's classification networks"
         raise UserError(f"unknown network {arch}: {hint}")
-    if arch in CIFAR_NETWORKS and (image_size <= 32 or arch not in torchvision.models.list_models()):
+    if arch in CIFAR_NETWORKS and (image_size <= 32 or arch not in TORCHVISION_NETWORKS):
         network = CIFAR_NETWORKS[arch]()
     else:
         options = {"image_size": image_size} if arch.startswith("vit_") else {}
         if arch in ("googlenet", "inception_v3"):
             options = {"aux_logits": False, "init_weights": False}
         try:
-            network = torchvision.models.get_model("resnet50" if arch in WIDENED else arch, **options)
+            network = WIDENED[arch]() if arch in WIDENED else torchvision.models.get_model(arch, **options)
         except AssertionError as error:  # a transformer's patches
             raise UserError(f"{arch} does not take images of {image_size} pixels ({error})") from None
         if isinstance(network, torchvision.models.ResNet) and image_size <= 32:
-            network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-            nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
-            network.maxpool = nn.Identity()
-        if arch in WIDENED:
-            widen(network, WIDENED[arch])
+            small_stem(network)
+    remove_classifier(network, (nn.Linear, nn.Conv2d) if arch.startswith("squeezenet") else nn.Linear)
+    if not next(network.parameters()).is_meta:
+        check_input_size(network, arch, image_size)
+    return network
+
+
+def remove_classifier(network, kinds=nn.Linear):
+    """Turn the last layer of these kinds into the identity, and dropout and stochastic depth off, in place.
+
+    The network gets the attributes `.classifier_name` and `.feature_dim`.
+    """
     for module in network.modules():
         if isinstance(module, (nn.Dropout, torchvision.ops.StochasticDepth)):
             module.p = 0.0
         if isinstance(module, nn.MultiheadAttention):
             module.dropout = 0.0
-    classifiers = (nn.Linear, nn.Conv2d) if arch.startswith("squeezenet") else nn.Linear
-    last = [name for name, module in network.named_modules() if isinstance(module, classifiers)][-1]
-    layer = network.get_submodule(last)
-    network.classifier_name = last
-    network.feature_dim = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
-    network.set_submodule(last, nn.Identity())
-    if not layer.weight.is_meta:
-        check_input_size(network, arch, image_size)
-    return network
+    name, layer = [(name, module) for name, module in network.named_modules() if isinstance(module, kinds)][-1]
+    network.classifier_name, network.feature_dim = name, layer.weight.shape[1]
+    network.set_submodule(name, nn.Identity())
 
 
 @torch.no_grad()
 def check_input_size(network, arch, image_size, option="--image-size"):
-    """Raise UserError where the images are too small for the network."""
+    """Raise UserError where the network does not take images of this size."""
     try:
         network.eval()(torch.zeros(1, 3, image_size, image_size))
     except (RuntimeError, ValueError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{arch} does not take images of {image_size} pixels ({reason}): raise {option}") from None
+        raise UserError(
+            f"{arch} does not take images of {image_size} pixels ({reason}): pass another {option}"
+        ) from None
     network.train()
 
 
@@ -1237,25 +1114,39 @@ def mlp_head(in_dim, hidden_dim, out_dim):
     return nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, out_dim))
 
 
-class Encoder(nn.Module):
-    """Backbone and projection head: images (N, 3, H, W) -> embedding (N, D), not normalised, always float32.
+class Network(nn.Module):
+    """A backbone and what follows it, the module `last`. Images are (N, 3, H, W); all outputs are float32.
 
-    `amp` (None, torch.bfloat16 or torch.float16) sets the precision inside; losses outside stay in float32.
+    `amp` (None, torch.bfloat16 or torch.float16) is the precision inside.
     """
 
-    def __init__(self, backbone, head):
+    def __init__(self, backbone, **last):
         super().__init__()
-        self.backbone, self.head, self.amp = backbone, head, None
+        self.backbone, self.amp = backbone, None
+        ((self.last, module),) = last.items()
+        self.add_module(self.last, module)
 
     def forward(self, images):
+        return self.features_and_output(images)[1]
+
+    def features_and_output(self, images):
+        """Features (N, feature_dim) of the backbone, and the output of `last`."""
         with torch.autocast(images.device.type, self.amp, enabled=self.amp is not None):
-            return self.head(self.backbone(images)).float()
+            features = self.backbone(images)
+            return features.float(), self.get_submodule(self.last)(features).float()
 
     @torch.no_grad()
     def features(self, images):
-        """What the backbone gives, (N, feature_dim) float32, without gradient."""
+        """Features (N, feature_dim) of the backbone, without gradient."""
         with torch.autocast(images.device.type, self.amp, enabled=self.amp is not None):
             return self.backbone(images).float()
+
+
+class Encoder(Network):
+    """Backbone and projection head: images -> embedding (N, D), not normalised."""
+
+    def __init__(self, backbone, head):
+        super().__init__(backbone, head=head)
 
     @property
     def dim(self):
@@ -1264,30 +1155,11 @@ class Encoder(nn.Module):
         return layers[-1].out_features if layers else self.backbone.feature_dim
 
 
-class Classifier(nn.Module):
-    """A labelled network: images (N, 3, H, W) -> logits (N, classes), always float32.
-
-    `amp` as in `Encoder`. Features (N, feature_dim) are what its last layer, `classifier`, sees.
-    """
+class Classifier(Network):
+    """Backbone and linear classifier: images -> logits (N, classes)."""
 
     def __init__(self, backbone, classifier):
-        super().__init__()
-        self.backbone, self.classifier, self.amp = backbone, classifier, None
-
-    def forward(self, images):
-        return self.features_and_logits(images)[1]
-
-    def features_and_logits(self, images):
-        """Both, float32."""
-        with torch.autocast(images.device.type, self.amp, enabled=self.amp is not None):
-            features = self.backbone(images)
-            return features.float(), self.classifier(features).float()
-
-    @torch.no_grad()
-    def features(self, images):
-        """Features alone, float32, without gradient."""
-        with torch.autocast(images.device.type, self.amp, enabled=self.amp is not None):
-            return self.backbone(images).float()
+        super().__init__(backbone, classifier=classifier)
 
     def plain(self):
         """A copy with the classifier back in its place, so that its keys are torchvision's."""
@@ -1304,12 +1176,12 @@ def build_classifier(arch, num_classes, image_size=224):
     return Classifier(backbone, nn.Linear(backbone.feature_dim, num_classes))
 
 
-# Where files keep what. A file has the first layout whose mark begins one of its keys; the other columns are what the
-# keys of each part begin with. A classifier that is not named here stands in the backbone, in its own place; a key that
-# belongs to no part must begin with one of `others`, else the file is refused.
+# Where files keep what. A file has the first layout whose mark begins one of its keys. backbone, head and classifier
+# are what the keys of each part begin with; a classifier that is not named here is part of the backbone. Any other key
+# must begin with one of `others`, else the file is refused. activation: of the head.
 Layout = namedtuple("Layout", "written_by mark backbone head others classifier activation",
                     defaults=(None, (), None, nn.ReLU))  # fmt: skip
-ANY = ("",)
+ANY, MOMENTUM = ("",), ("momentum_encoder.", "predictor.")
 LAYOUTS = (
     Layout("moco_v2.py", "encoder.head.", "encoder.backbone.", "encoder.head.", ANY),
     Layout("disco.py, seed.py", "student.head.", "student.backbone.", "student.head.", ANY),
@@ -1317,11 +1189,31 @@ LAYOUTS = (
     Layout("MoCo v1 and v2, DisCo", "encoder_q.", "encoder_q.", "encoder_q.fc.", ("encoder_k.", "teacher.", "queue")),
     Layout("SEED", "student.fc.", "student.", "student.fc.", ("teacher.", "queue", "small_queue")),
     Layout("SwAV, DeepCluster-v2, SeLa-v2", "projection_head.", "", "projection_head.", ("prototypes.",)),
-    Layout("DINO", "head.mlp.", "backbone.", "head.mlp.", ("head.last_layer.",), None, nn.GELU),
+    Layout("MoCo v3's ResNets", "base_encoder.fc.", "base_encoder.", "base_encoder.fc.", MOMENTUM),
+    Layout("MoCo v3", "base_encoder.head.", "base_encoder.", "base_encoder.head.", MOMENTUM),
+    Layout("DINO, iBOT", "head.mlp.", "backbone.", "head.mlp.", ("head.last_",), None, nn.GELU),
+    Layout("DINOv2", "dino_head.", "backbone.", "dino_head.mlp.", ("dino_head.", "ibot_head."), None, nn.GELU),
     Layout("SSKD's students", "proj_head.", "backbone.", None, ("proj_head.",)),
     Layout("SimCLR", "backbone.fc.0.", "backbone.", "backbone.fc."),
-    Layout("bare and labelled networks of torchvision, CRD and SSKD, or a backbone.pth", "", ""),
+    Layout("bare and labelled networks of torchvision, CRD and SSKD, vision transformers, or a backbone.pth", "", ""),
 )  # fmt: skip
+# Keys of vision transformers in the code of DINO, iBOT, MAE, MoCo v3, DINOv2 and timm, and torchvision's for the same
+TRANSFORMER_KEYS = (
+    (r"^(mask_token|masked_embed|decoder_.*)$", ""),  # left out
+    (r"^cls_token$", "class_token"),
+    (r"^pos_embed$", "encoder.pos_embedding"),
+    (r"^patch_embed\.proj\.(weight|bias)$", r"conv_proj.\1"),
+    (r"^blocks\.(\d+\.)?(\d+)\.", r"encoder.layers.encoder_layer_\2."),  # DINOv2 can number chunks of blocks, too
+    (r"\.norm([12])\.", r".ln_\1."),
+    (r"\.attn\.qkv\.", ".self_attention.in_proj_"),
+    (r"\.attn\.proj\.", ".self_attention.out_proj."),
+    (r"\.mlp\.(fc|linear_)1\.", ".mlp.0."),
+    (r"\.mlp\.(fc|linear_)2\.", ".mlp.3."),
+    (r"^norm\.", "encoder.ln."),
+    (r"^head\.(weight|bias)$", r"heads.head.\1"),
+)
+FOREIGN_TRANSFORMERS = {r"\.mlp\.w\d": "SwiGLU", r"^patch_embed\.proj\.\d": "a convolutional stem",
+                        r"^rope_": "rotary positions"}  # fmt: skip
 WRAPPERS = ("model", "state_dict", "teacher")  # keys around a state dict; of DINO's two networks the teacher is better
 
 
@@ -1352,61 +1244,183 @@ def load_file(path, whole=False):
         raise CorruptCheckpoint(f"{path} is not a readable checkpoint ({reason})") from None
 
 
-def load_teacher(path, arch=None):
-    """Read a network with its projection head from a file of any layout in `LAYOUTS`, frozen and in eval mode.
+def load_teacher(path, arch=None, image_size=None, trust=False):
+    """Read a network with its projection head, frozen and in eval mode.
 
-    The architecture is read from the file; `arch` overrides it. A file without a head gives its features as embedding.
-    Returns an Encoder. Raises UserError for a file that fits nothing or only in part.
+    path: a file of any layout in `LAYOUTS`; "torchvision" for its labelled weights of `arch`, fetched where missing;
+    or, with `trust`, a .pt2 program of torch.export. The architecture is read from the file; `arch` insists on one.
+    image_size: of the images that a vision transformer takes (default: the file's own). Without a head in the file,
+    features are the embedding. Returns an Encoder. Raises UserError for a file that fits nothing or only in part.
     """
-    parts = load_backbone(path, arch)
-    encoder = Encoder(parts.backbone, build_head(path, parts.head, parts.activation))
-    load_strict(encoder.head, parts.head, f"projection head of {path}")
+    if str(path).endswith(".pt2"):
+        if not trust:
+            raise UserError(
+                f"{path} is a program, which can run any code: pass --trust-teacher if you trust its author"
+            )
+        encoder = Encoder(Program(path, image_size), nn.Identity())
+    else:
+        backbone, parts, layout = load_backbone(path, arch, image_size)
+        encoder = Encoder(backbone, build_head(parts["head"], layout.activation))
+        load_strict(encoder.head, parts["head"], f"projection head of {path}")
     return encoder.requires_grad_(False).eval()
 
 
 def load_classifier(path, arch=None, num_classes=None):
-    """Read a labelled network from a file of any layout that has a classifier, frozen and in eval mode.
+    """Read a labelled network, frozen and in eval mode; path and arch as in `load_teacher`.
 
     Returns a Classifier. Raises UserError as `load_teacher` does, where the file has no classifier, and where that one
-    does not tell `num_classes` classes apart.
+    has another number of classes.
     """
-    parts = load_backbone(path, arch)
-    return labelled(path, parts.backbone, parts.classifier, num_classes)
-
-
-def labelled(what, backbone, state, num_classes=None):
-    """The Classifier of a backbone and the state dict of its last layer, frozen and in eval mode."""
+    if str(path).endswith(".pt2"):
+        raise UserError(f"{path} is a program and has no linear classifier: a network trained with labels is needed")
+    backbone, parts, _ = load_backbone(path, arch)
+    state = parts["classifier"]
     if state.keys() != {"weight", "bias"} or state["weight"].ndim != 2:
-        raise UserError(f"{what} holds no linear classifier: a network trained with labels is needed")
+        raise UserError(f"{path} holds no linear classifier: a network trained with labels is needed")
     classes, dim = state["weight"].shape
     if num_classes not in (None, classes):
-        raise UserError(f"{what} tells {classes} classes apart, --data has {num_classes}")
-    network = Classifier(backbone, nn.Linear(dim, classes))
-    load_strict(network.classifier, state, f"classifier of {what}")
-    return network.requires_grad_(False).eval()
+        raise UserError(f"{path} has {classes} classes, --data has {num_classes}")
+    classifier = nn.Linear(dim, classes)
+    load_strict(classifier, state, f"classifier of {path}")
+    return Classifier(backbone, classifier).requires_grad_(False).eval()
 
 
-def load_backbone(path, arch):
-    """The parts of a file as a Layout: the backbone, with its weights, and state dicts of its head and classifier."""
-    checkpoint = load_file(path)
-    parts = split_state(path, checkpoint)
-    state = parts.backbone
-    # The stem of the file, not of the image size: 32 stands for a 3x3 one, and for CIFAR's VGG.
-    stem = state.get("conv1.weight", state.get("block0.0.weight"))
-    image_size = 32 if stem is not None and stem.shape[-1] == 3 else 224
-    told = checkpoint.get("arch") if isinstance(checkpoint, dict) else None
-    told = told if told in network_names() else None
-    arch = arch or told or infer_arch(path, state, image_size)
-    backbone = build_backbone(arch, image_size)
-    load_strict(backbone, without_classifier(state, backbone), f"{path} as {arch}")
-    size = checkpoint.get("image_size") if isinstance(checkpoint, dict) else None
-    cifar = arch not in torchvision.models.list_models() and arch not in WIDENED
-    backbone.image_size = size if isinstance(size, int) else 32 if cifar else image_size
-    return parts._replace(backbone=backbone, classifier=parts.classifier or own_classifier(state, backbone))
+def load_backbone(path, arch, image_size=None):
+    """The backbone of a file, with its weights, the state dicts of its head and classifier, and its layout.
+
+    backbone.image_size is `image_size`, or else the size that the network was trained at, as far as the file tells.
+    """
+    checkpoint = torchvision_weights(arch) if path == "torchvision" else load_file(path)
+    layout, parts = split_state(path, checkpoint)
+    state, written = parts["backbone"], checkpoint.get("arch")
+    arch = arch or (written if written in network_names() else None)
+    if state.keys() & {"cls_token", "class_token"} and (not arch or arch.startswith("vit_")):
+        backbone, state = build_transformer(path, state, image_size, layout.written_by == "MoCo v3")
+    else:
+        arch, stem_size, state = infer_arch(path, state, arch)
+        backbone = build_backbone(arch, stem_size)
+        size = image_size or checkpoint.get("image_size") or config_image_size(path)
+        backbone.image_size = size if isinstance(size, int) else stem_size
+    own = {key: state.pop(key) for key in list(state) if key.rpartition(".")[0] == backbone.classifier_name}
+    parts["classifier"] = parts["classifier"] or {key.rpartition(".")[2]: value for key, value in own.items()}
+    load_strict(backbone, state, f"{path} as {arch}" if arch else str(path), assign=True)
+    return backbone, parts, layout
+
+
+def build_transformer(path, state, image_size=None, moco_v3=False):
+    """torchvision's VisionTransformer for the state dict of any, still without weights, and the dict with its keys.
+
+    LayerScale (DINOv2) is multiplied into the layer before it; registers become class tokens without a position.
+    Positions are interpolated where image_size is not the file's, as the code of DINO and, with registers, DINOv2 does.
+    Raises UserError for transformers of other kinds and for an image size that the patches do not divide.
+    """
+    for pattern, name in TRANSFORMER_KEYS:
+        state = {re.sub(pattern, name, key): value for key, value in state.items()}
+    state.pop("", None)
+    block, stem, positions = "encoder.layers.encoder_layer_", "conv_proj.weight", "encoder.pos_embedding"
+    foreign = [what for pattern, what in FOREIGN_TRANSFORMERS.items() if any(re.search(pattern, key) for key in state)]
+    foreign += [f"no {key}" for key in (stem, positions, f"{block}0.mlp.0.weight") if key not in state]
+    grid = 0 if foreign else math.isqrt(state[positions].shape[1] - 1)
+    if foreign or grid**2 + 1 != state[positions].shape[1]:
+        raise UserError(f"{path} has {foreign[0] if foreign else 'no square of positions'}, unlike torchvision's "
+                        "VisionTransformer: export the network as a program and pass FILE.pt2")  # fmt: skip
+    for key in [key for key in state if key.endswith(".gamma")]:
+        prefix, scale, _ = key.rsplit(".", 2)
+        layer = prefix + {"ls1": ".self_attention.out_proj", "ls2": ".mlp.3"}[scale]
+        gamma = state.pop(key)
+        state[f"{layer}.weight"] = state[f"{layer}.weight"] * gamma[:, None]
+        state[f"{layer}.bias"] = state[f"{layer}.bias"] * gamma
+
+    width, _, patch, _ = state[stem].shape
+    registers = state.pop("register_tokens", torch.empty(1, 0, width))
+    image_size = image_size or grid * patch
+    size = image_size // patch
+    if image_size % patch:
+        raise UserError(f"{path} has patches of {patch} pixels, which do not divide images of {image_size}: pass "
+                        f"--image-size {max(1, size) * patch}, or another multiple")  # fmt: skip
+    first, rest = state[positions].split([1, grid**2], dim=1)
+    if size != grid:
+        how = {"size": (size, size), "antialias": True} if registers.numel() else {"scale_factor": (size + 0.1) / grid}
+        rest = rest.unflatten(1, (grid, grid)).permute(0, 3, 1, 2)
+        rest = F.interpolate(rest, mode="bicubic", **how).flatten(2).transpose(1, 2)
+    state[positions] = torch.cat([first, torch.zeros_like(registers), rest], dim=1)
+    state["class_token"] = torch.cat([state["class_token"], registers], dim=1)
+
+    depth = sum(key.endswith(".ln_1.weight") for key in state)
+    heads = 12 if moco_v3 and width == 384 else 16 if width == 1280 else width // 64
+    with torch.device("meta"):
+        network = torchvision.models.VisionTransformer(image_size, patch, depth, heads, width,
+                                                       len(state[f"{block}0.mlp.0.weight"]))  # fmt: skip
+        network.class_token = nn.Parameter(torch.empty(state["class_token"].shape))
+        network.encoder.pos_embedding = nn.Parameter(torch.empty(state[positions].shape))
+    remove_classifier(network)
+    network.image_size = image_size
+    return network, state
+
+
+class Program(nn.Module):
+    """A program of torch.export from a file, as a frozen backbone: images (N, 3, H, W) -> features (N, feature_dim).
+
+    image_size: default is the size that the program was exported at. Raises UserError for a file that is not readable,
+    and for a program that does not take any number of images of this size.
+    """
+
+    def __init__(self, path, image_size=None):
+        super().__init__()
+        try:
+            self.program = torch.export.load(path)
+            for node in list(self.program.graph.nodes):
+                if node.target is torch.ops.aten._assert_tensor_metadata.default:
+                    self.program.graph.erase_node(node)  # it checks the precision, which autocast changes
+            self.image_size = image_size or self.program.example_inputs[0][0].shape[-1]
+            self.to("cpu")
+            with torch.no_grad():
+                _, self.feature_dim = self(torch.zeros(3, 3, self.image_size, self.image_size)).shape
+        except Exception as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise UserError(f"{path} is not a program that turns any number of images of --image-size into features "
+                            f"(N, D) ({reason}): export it with a dynamic batch, at this size") from None  # fmt: skip
+
+    def forward(self, images):
+        return self.network(images)
+
+    def train(self, mode=True):
+        """Nothing: a program keeps the mode that it was exported in, and its own `train` raises."""
+        return self
+
+    def _apply(self, function, recurse=True):
+        """Move the program with its constants and operations to another device; its precision stays."""
+        device = function(torch.empty(0)).device
+        self.network = move_to_device_pass(self.program, device).module().requires_grad_(False)
+        return self
+
+
+def torchvision_weights(arch):
+    """torchvision's labelled weights, fetched where missing; raises UserError."""
+    if not arch:
+        raise UserError("the weights of torchvision need the name of a network: pass --teacher-arch or --arch")
+    try:
+        return torchvision.models.get_model_weights(arch).DEFAULT.get_state_dict(progress=rank() == 0)
+    except (ValueError, AttributeError):
+        raise UserError(f"torchvision has no weights for {arch}") from None
+    except OSError as error:
+        raise UserError(f"torchvision's weights of {arch} could not be fetched ({error}): pass a file") from None
+
+
+def config_image_size(path):
+    """The image size of the run that wrote a backbone.pth, from the config.json beside it; None without one."""
+    try:
+        config = json.loads(Path(path).with_name("config.json").read_text()) if path != "torchvision" else {}
+        arguments = config["arguments"]
+        data = (arguments["data"] or "").partition(":")[0]
+        default = 96 if data == "stl10" else 32 if data in (*SMALL_SETS, "shapes") else 224
+        return config.get("image_size") or arguments["image_size"] or default
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def split_state(path, checkpoint):
-    """The layout of a file's content, with state dicts for the prefixes of backbone, head and classifier."""
+    """The layout of a file's content, and the state dicts of its parts: backbone, head and classifier."""
     state = checkpoint
     for wrapper in WRAPPERS:
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
@@ -1415,6 +1429,7 @@ def split_state(path, checkpoint):
         raise UserError(f"{path} holds no network's weights")
     # "module." is DataParallel's, whatever the layout, and some nested it
     state = {re.sub(r"^(module\.)+", "", str(k)): v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
     layout = next(layout for layout in LAYOUTS if any(key.startswith(layout.mark) for key in state))
 
     def take(prefix):
@@ -1428,21 +1443,10 @@ def split_state(path, checkpoint):
     parts["backbone"] = take(layout.backbone)
     if state and layout.others != ANY:
         raise UserError(f"{path} does not fit; {layout.written_by} files have no {', '.join(list(state)[:3])}")
-    return layout._replace(**parts)
+    return layout, parts
 
 
-def without_classifier(state, backbone):
-    """A labelled network's state dict less the classifier that a backbone does not have."""
-    return {key: value for key, value in state.items() if key.rpartition(".")[0] != backbone.classifier_name}
-
-
-def own_classifier(state, backbone):
-    """That classifier's part of the state dict; empty where there is none."""
-    prefix = backbone.classifier_name + "."
-    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-
-
-def build_head(path, state, activation=nn.ReLU):
+def build_head(state, activation=nn.ReLU):
     """The projection head of a state dict: one linear layer, or an MLP with or without BatchNorm; identity for none.
 
     An MLP's layers bear their places in a Sequential; a place without weights is an activation.
@@ -1457,33 +1461,32 @@ def build_head(path, state, activation=nn.ReLU):
     for place in range(max(places, default=-1) + 1):
         weight = shapes.get(f"{place}.weight", ())
         if len(weight) == 2:
-            layers.append(nn.Linear(*weight[::-1]))
+            bias = f"{place}.bias" in shapes or f"{place + 1}.running_mean" not in shapes
+            layers.append(nn.Linear(*weight[::-1], bias=bias))
+        elif f"{place}.running_mean" in shapes:
+            layers.append(nn.BatchNorm1d(*shapes[f"{place}.running_mean"], affine=bool(weight)))
         else:
-            layers.append(nn.BatchNorm1d(*weight) if weight else activation())
+            layers.append(activation())
     return nn.Sequential(*layers)
 
 
-def infer_arch(path, state, image_size):
-    """Name of the architecture whose keys and shapes are those of a state dict, classifier aside."""
+def candidates(state):
+    """Names of networks that a state dict may be of: torchvision's of about its number of parameters, and all others.
+
+    The metadata of torchvision's weights has that number with a classifier of 1000 classes. The last matrix of the
+    file is a classifier of any number of classes, or the file has none.
+    """
+    count = sum(value.numel() for value in state.values())
+    matrix = ([value for value in state.values() if value.ndim == 2] or [torch.empty(1000, 0)])[-1]
+    counts = count, count + (1000 - len(matrix)) * matrix.shape[1]
+
+    def distance(name):
+        size = next(iter(torchvision.models.get_model_weights(name))).meta["num_params"]
+        return min(abs(size - count) for count in counts)
+
     regnet = any("trunk_output" in key for key in state)
-    nearest = ()
-    for name in sorted(network_names(), key=lambda name: "resnet" not in name):  # the usual teachers first
-        if ("regnet" in name) != regnet or (name.startswith("vit_") and image_size <= 32):
-            continue
-        classifier_name, expected = backbone_shapes(name, image_size)
-        shapes = {key: value.shape for key, value in state.items() if key.rpartition(".")[0] != classifier_name}
-        same = sum(shapes.get(key) == shape for key, shape in expected.items())
-        if same == len(expected) == len(shapes):
-            return name
-        nearest = max(nearest, (same / max(len(expected), len(shapes)), name, expected, shapes), key=lambda x: x[:1])
-    agreement, name, expected, shapes = nearest
-    if agreement > 0.5:
-        raise UserError(
-            f"{path} is nearest to {name} but does not fit; for example {describe_mismatch(expected, shapes)}"
-        )
-    some = ", ".join(f"{key} {list(value.shape)}" for key, value in list(state.items())[:3])
-    known = "; ".join(layout.written_by for layout in LAYOUTS)
-    raise UserError(f"{path} fits no network known here (it begins with {some}); files of these are read: {known}")
+    names = [name for name in sorted(TORCHVISION_NETWORKS, key=distance)[:12] if ("regnet" in name) == regnet]
+    return list(dict.fromkeys([*names, *CIFAR_NETWORKS, *WIDENED]))
 
 
 @cache
@@ -1494,30 +1497,15 @@ def backbone_shapes(arch, image_size):
     return network.classifier_name, {key: value.shape for key, value in network.state_dict().items()}
 
 
-def load_torchvision(arch, classifier=False, num_classes=None):
-    """torchvision's labelled weights (fetched where missing), frozen and in eval mode.
+def load_strict(module, state, what, assign=False):
+    """Load a state dict and raise UserError, naming keys, where one is missing, left over or of another shape.
 
-    Returns an Encoder without head or, with `classifier`, a Classifier of `num_classes`.
+    With `assign` the module takes the tensors themselves, without a copy.
     """
-    backbone, what = build_backbone(arch), f"torchvision's weights of {arch}"
-    try:
-        state = torchvision.models.get_model_weights(arch).DEFAULT.get_state_dict(progress=rank() == 0)
-    except (ValueError, AttributeError):
-        raise UserError(f"torchvision has no weights for {arch}") from None
-    except OSError as error:
-        raise UserError(f"{what} could not be fetched ({error}): pass a file") from None
-    load_strict(backbone, without_classifier(state, backbone), what)
-    if classifier:
-        return labelled(what, backbone, own_classifier(state, backbone), num_classes)
-    return Encoder(backbone, nn.Identity()).requires_grad_(False).eval()
-
-
-def load_strict(module, state, what):
-    """Load a state dict and raise UserError, naming keys, where one is missing, left over or of another shape."""
     expected, found = ({key: value.shape for key, value in part.items()} for part in (module.state_dict(), state))
     if expected != found:
         raise UserError(f"{what} does not fit; for example {describe_mismatch(expected, found)}")
-    module.load_state_dict(state)
+    module.load_state_dict(state, assign=assign)
 
 
 def describe_mismatch(expected, found):
@@ -1528,6 +1516,37 @@ def describe_mismatch(expected, found):
         "of another shape": {key for key in expected.keys() & found.keys() if expected[key] != found[key]},
     }
     return "; ".join(f"{fault}: {', '.join(sorted(keys)[:3])}" for fault, keys in faults.items() if keys)
+
+
+def infer_arch(path, state, arch=None):
+    """Name of the network that a state dict is of, its image size (32 for a small stem), and the dict with its keys.
+
+    The classifier may be missing. Keys that are those of CRD's released files become torchvision's. Raises UserError
+    where no network fits, or where `arch` does not.
+    """
+    nearest = -1, None, None, None
+    names = [arch] if arch else candidates(state)
+    stem = state.get("conv1.weight")
+    stem_size = 32 if stem is not None and stem.shape[-1] == 3 else 224
+    pairs = [(name, stem_size) for name in names if name in TORCHVISION_NETWORKS or name not in CIFAR_NETWORKS]
+    for name, image_size in pairs + [(name, 32) for name in names if name in CIFAR_NETWORKS]:
+        classifier, expected = backbone_shapes(name, image_size)
+        shapes = {key: value.shape for key, value in state.items() if key.rpartition(".")[0] != classifier}
+        if shapes == expected:
+            return name, image_size, state
+        if name in CIFAR_NETWORKS and list(expected.values()) == list(shapes.values())[: len(expected)]:
+            keys = [*expected, f"{classifier}.weight", f"{classifier}.bias"]
+            if len(keys) - len(state) in (0, 2):
+                return name, image_size, dict(zip(keys, state.values(), strict=False))
+        same = sum(shapes.get(key) == shape for key, shape in expected.items()) / max(len(expected), len(shapes))
+        nearest = max(nearest, (same, name, expected, shapes), key=lambda x: x[0])
+    agreement, name, expected, shapes = nearest
+    if name and (arch or agreement > 0.5):
+        what = f"{path} as {arch}" if arch else f"{path} is nearest to {name} but"
+        raise UserError(f"{what} does not fit; for example {describe_mismatch(expected, shapes)}")
+    some = ", ".join(f"{key} {list(value.shape)}" for key, value in list(state.items())[:3])
+    known = "; ".join(layout.written_by for layout in LAYOUTS)
+    raise UserError(f"{path} fits no network known here (it begins with {some}); files of these are read: {known}")
 
 
 # ----------------------------------------------------------------------------------------------------------- Evaluation

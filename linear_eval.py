@@ -160,8 +160,8 @@ def main():
     for name in args.weights:
         if args.weights.count(name) > 1:
             raise common.UserError(f"--weights names {name} twice")
-    files = {name: common.load_teacher(name) for name in args.weights if name not in ("random", "torchvision")}
-    sizes = [encoder.backbone.image_size for encoder in files.values()] + [224] * ("torchvision" in args.weights)
+    files = {name: load_weights(args, name, args.image_size) for name in args.weights if name != "random"}
+    sizes = [encoder.backbone.image_size for encoder in files.values()]
     size = args.image_size or max(sizes, default=None)
     train, val, size = common.load_labelled(args.data, args.data_root, device, size)
     if args.label_list:
@@ -171,8 +171,10 @@ def main():
         raise common.UserError(f"--knn {max(args.knn)} is larger than the {len(train)} training images")
     crop = common.View(size, scale=(0.08, 1.0), augment=None)
     loader = common.Loader(train, [crop], args.batch_size, args.seed, args.workers, device)
-    encoders = {name: files.get(name) or untrained(name, args.arch, size, args.seed) for name in args.weights}
+    encoders = {name: files.get(name) or untrained(args.arch, size, args.seed) for name in args.weights}
     for name, encoder in encoders.items():
+        if name in files and encoder.backbone.image_size != size:  # a transformer's positions are made for one size
+            encoder = encoders[name] = load_weights(args, name, size)
         common.check_input_size(encoder.backbone, name, size)
         encoder.eval()
 
@@ -217,12 +219,16 @@ def main():
         print_table(results)
 
 
-def untrained(name, arch, image_size, seed):
-    """The Encoder of `random` weights or of `torchvision`'s labelled ones, frozen."""
+def load_weights(args, name, image_size):
+    """The Encoder of a file, or of `torchvision`'s labelled weights of --arch, frozen."""
+    arch = args.arch if name == "torchvision" else None
+    return common.load_teacher(name, arch, image_size, args.trust_teacher)
+
+
+def untrained(arch, image_size, seed):
+    """The Encoder of `random` weights, frozen."""
     if not arch:
-        raise common.UserError(f"--weights {name} needs a network: pass --arch NAME")
-    if name == "torchvision":
-        return common.load_torchvision(arch)
+        raise common.UserError("--weights random needs a network: pass --arch NAME")
     torch.manual_seed(seed)
     return common.Encoder(common.build_backbone(arch, image_size), nn.Identity()).requires_grad_(False).eval()
 
@@ -349,6 +355,7 @@ def parse_args():
     add = parser.add_argument
     add("--weights", nargs="+", required=True, help="files (backbone.pth, checkpoint.pth, any teacher), or random or "
         "torchvision, the untrained or labelled network of --arch")  # fmt: skip
+    add("--trust-teacher", action="store_true", help="run .pt2 programs, which can hold any code")
     add("--arch", help="network of random and torchvision (files store theirs)")
     add("--lr", type=common.positive_float, nargs="+", default=[30.0, 10.0, 3.0, 1.0, 0.3, 0.1], help="learning "
         "rates to probe (default %(default)s; papers: 30 for ResNets, 3 for others; 0.2 with --finetune)")  # fmt: skip
@@ -370,6 +377,8 @@ def parse_args():
         args = parser.parse_args()
         if len(args.lr) > 1:
             raise common.UserError("--finetune takes one --lr: the network learns at one rate")
+        if any(name.endswith(".pt2") for name in args.weights):
+            raise common.UserError("--finetune trains a network, and a .pt2 program stays as it is: leave it out")
         if args.cached:
             raise common.UserError("--finetune changes the features: leave out --cached")
     return args

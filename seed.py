@@ -133,8 +133,8 @@ def main():
     if args.queue_size < args.batch_size:
         raise common.UserError(f"--queue-size {args.queue_size} is smaller than --batch-size {args.batch_size}")
     device = common.init_device(args.seed)
-    teacher = common.load_teacher(args.teacher, args.teacher_arch)
     dataset, size = common.load_dataset(args.data, args.data_root, "pretrain", device, args.image_size)
+    teacher = common.load_teacher(args.teacher, args.teacher_arch, size, args.trust_teacher)
     common.check_input_size(teacher.backbone, args.teacher, size)
     views = [common.View(size, scale=(0.14 if args.small_crops else 0.2, 1.0))]
     small_size = args.small_size or round(size * 96 / 224)
@@ -144,6 +144,7 @@ def main():
     backbone = common.build_backbone(args.student, size)
     if args.small_crops:
         common.check_input_size(backbone, args.student, small_size, "--small-size")
+        common.check_input_size(teacher.backbone, args.teacher, small_size, "--small-size")
     head = common.mlp_head(backbone.feature_dim, args.hidden_dim or backbone.feature_dim, teacher.dim)
     student = common.Encoder(backbone, head)
     student.amp = teacher.amp = common.AMP[args.amp]
@@ -179,8 +180,10 @@ def main():
 def parse_args():
     parser = common.common_parser("seed", __doc__, epochs=200, batch_size=256, lr=0.03, weight_decay=1e-4)
     add = parser.add_argument
-    add("--teacher", required=True, help="file of a frozen teacher: a checkpoint of moco_v2.py or a released one")
+    add("--teacher", required=True, help="file of a frozen teacher: a checkpoint of moco_v2.py, a released one or a "
+        "program (.pt2); or torchvision, its labelled weights of --teacher-arch")  # fmt: skip
     add("--teacher-arch", help="the teacher's network (default: read from its file)")
+    add("--trust-teacher", action="store_true", help="run a .pt2 teacher, which can hold any code")
     add("--student", required=True, help="network, any of torchvision's or of CIFAR's (common.CIFAR_NETWORKS)")
     add("--hidden-dim", type=common.positive_int, help="hidden layer of the student's head (default: as wide as the "
         "features)")  # fmt: skip

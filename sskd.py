@@ -171,11 +171,11 @@ class SSKD(nn.Module):
         """Losses over the batch of all processes. images: (rotations * N, 3, H, W) of this one; labels: (N,)."""
         gather = common.gather_with_gradient  # similarities and error levels are among all images
         labels = common.gather(labels)
-        student_features, student_logits = self.student.features_and_logits(images)
+        student_features, student_logits = self.student.features_and_output(images)
         student_logits = gather(student_logits)
         if self.teacher:
             with torch.no_grad():
-                teacher_features, teacher_logits = self.teacher.features_and_logits(images)
+                teacher_features, teacher_logits = self.teacher.features_and_output(images)
                 teacher_logits = common.gather(teacher_logits)
         if self.rotations > 1:
             with torch.no_grad():
@@ -215,8 +215,9 @@ def main():
 
     student = common.build_classifier(args.student, train.num_classes, size)
     weights = {"ce": args.ce_weight, "kd": args.kd_weight, "tf": args.tf_weight, "ss": args.ss_weight}
-    teacher = load_teacher(args, train.num_classes)
-    if teacher:
+    teacher = None
+    if args.teacher:
+        teacher = common.load_classifier(args.teacher, args.teacher_arch, train.num_classes)
         common.check_input_size(teacher.backbone, args.teacher, size)
     model = SSKD(student, teacher, weights, kd_temperature=args.kd_temperature,
                  tf_temperature=args.tf_temperature, ss_temperature=args.ss_temperature, tf_ratio=args.tf_ratio,
@@ -279,17 +280,6 @@ def main():
     run.finish(student.plain())
     if common.rank() == 0:
         print(f"{args.student}: top-1 accuracy {run.metrics['top1']:.2f} % on the validation images")
-
-
-def load_teacher(args, num_classes):
-    """The labelled network of --teacher; None where a teacher is about to be trained."""
-    if args.train_teacher:
-        return None
-    if args.teacher != "torchvision":
-        return common.load_classifier(args.teacher, args.teacher_arch, num_classes)
-    if not args.teacher_arch:
-        raise common.UserError("--teacher torchvision needs a network: pass --teacher-arch NAME")
-    return common.load_torchvision(args.teacher_arch, classifier=True, num_classes=num_classes)
 
 
 @torch.no_grad()

@@ -457,8 +457,10 @@ def test_released_labelled_files_give_the_golden_logits(name, tmp_path):
     for ours, expected in ((network(images), "logits"), (network.features(images), "features")):
         expected = torch.from_numpy(vectors[f"{name}.{expected}"])
         torch.testing.assert_close(ours, expected, rtol=0, atol=2e-4 * expected.abs().max().item())
-    plain = network.plain().state_dict()
-    assert plain.keys() == state.keys() and all(torch.equal(plain[key], state[key]) for key in state)
+    plain = network.plain().state_dict()  # torchvision's keys where it has the network
+    assert all(torch.equal(*pair) for pair in zip(plain.values(), state.values(), strict=True))
+    torch.save(plain, tmp_path / "backbone.pth")
+    assert torch.equal(common.load_classifier(tmp_path / "backbone.pth")(images), network(images))
     teacher = common.load_teacher(tmp_path / "file.pth", name)
     torch.testing.assert_close(teacher(images), network.features(images), rtol=0, atol=0)
 
@@ -481,10 +483,21 @@ def test_a_labelled_file_without_a_classifier_or_with_another_is_refused(tmp_pat
         common.load_classifier(tmp_path / "bare.pth")
     torch.save(common.build_classifier("resnet8", 7).plain().state_dict(), tmp_path / "seven.pth")
     assert common.load_classifier(tmp_path / "seven.pth")(torch.randn(2, 3, 32, 32)).shape == (2, 7)
-    with pytest.raises(common.UserError, match="tells 7 classes apart, --data has 10"):
+    with pytest.raises(common.UserError, match=r"seven.pth has 7 classes, --data has 10"):
         common.load_classifier(tmp_path / "seven.pth", num_classes=10)
     with pytest.raises(common.UserError, match="squeezenet1_1"):
         common.build_classifier("squeezenet1_1", 10)
+
+
+def test_cifar_resnets_start_as_crds():
+    """All BatchNorms weigh 1; convolutions have the deviation of He et al. by the number of outputs."""
+    for network in (common.CIFAR_NETWORKS["resnet20"](), common.CIFAR_NETWORKS["wrn_16_1"]()):
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                assert (module.weight == 1).all()
+            if isinstance(module, nn.Conv2d) and module.weight.numel() > 2000:
+                deviation = (2 / (module.out_channels * module.kernel_size[0] ** 2)) ** 0.5
+                assert module.weight.std().item() == pytest.approx(deviation, rel=0.1)
 
 
 def test_vgg_of_small_images_is_cifars():
@@ -579,10 +592,61 @@ def test_widened_networks_have_swavs_shapes_and_are_told(times):
             channels = [64 * times, 3, 7, 7]
         assert list(shapes[key]) == channels, key
     assert shapes.keys() == expected.keys()
-    assert (
-        common.infer_arch("file", {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}, 224)
-        == name
-    )
+    state = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    assert common.infer_arch("file", state)[:2] == (name, 224)
+
+
+@pytest.mark.parametrize("classes", [None, 10, 1000, 21841])
+@pytest.mark.parametrize(
+    "arch", ["resnet50", "vgg16", "alexnet", "mobilenet_v3_large", "densenet121", "regnet_y_400mf"]
+)
+def test_a_network_is_shortlisted_with_any_classifier(arch, classes):
+    classifier, shapes = common.backbone_shapes(arch, 224)
+    if classes:
+        dim = {"resnet50": 2048, "densenet121": 1024, "mobilenet_v3_large": 1280, "regnet_y_400mf": 440}.get(arch, 4096)
+        shapes = {**shapes, f"{classifier}.weight": (classes, dim), f"{classifier}.bias": (classes,)}
+    state = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    assert arch in common.candidates(state)
+    assert common.infer_arch("file", state)[:2] == (arch, 224)
+
+
+def test_a_file_that_fits_nothing_is_refused_after_few_networks(tmp_path, monkeypatch):
+    """Networks of another size are not built, and no RegNet, which would need memory for its weights."""
+    built, get_model = [], torchvision.models.get_model
+    monkeypatch.setattr(torchvision.models, "get_model", lambda name, **kw: built.append(name) or get_model(name, **kw))
+    common.backbone_shapes.cache_clear()
+    for size in (1000, 80_000_000):
+        torch.save({"layer.weight": torch.empty(1).expand(size)}, tmp_path / "strange.pth")
+        with pytest.raises(common.UserError, match=r"strange.pth fits no network known here"):
+            common.load_teacher(tmp_path / "strange.pth")
+    assert 0 < len(built) <= 40 and not any("regnet" in name for name in built)
+
+
+@pytest.mark.parametrize("config, size", [
+    ({"image_size": 24, "arguments": {"data": "shapes", "image_size": None}}, 24),
+    ({"arguments": {"data": "shapes:40", "image_size": 24}}, 24),
+    ({"arguments": {"data": "shapes:40", "image_size": None}}, 32),
+    ({"arguments": {"data": "stl10", "image_size": None}}, 96),
+    ({"arguments": {"data": None, "image_size": None}}, 224),
+    ({"arguments": {"data": "folder", "image_size": None}}, 224),
+    (None, 224),
+])  # fmt: skip
+def test_a_bare_backbone_has_the_image_size_of_its_run(config, size, tmp_path):
+    """config.json has it at its top level; those of earlier runs have the arguments alone."""
+    torch.save(common.build_backbone("mobilenet_v3_small", 32).state_dict(), tmp_path / "backbone.pth")
+    if config:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    assert common.load_teacher(tmp_path / "backbone.pth").backbone.image_size == size
+
+
+@pytest.mark.parametrize("size", [32, 64])
+@pytest.mark.parametrize("told", [False, True])
+def test_a_vgg_is_cifars_or_torchvisions(size, told, tmp_path):
+    """Both have a vgg11; the file tells them apart."""
+    backbone = common.build_backbone("vgg11", size).eval()
+    torch.save({"state_dict": backbone.state_dict(), **({"arch": "vgg11"} if told else {})}, tmp_path / "vgg.pth")
+    images = torch.randn(2, 3, size, size)
+    assert torch.equal(common.load_teacher(tmp_path / "vgg.pth")(images), backbone(images))
 
 
 DAMAGES = {

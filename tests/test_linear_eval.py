@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torchvision
 from conftest import on_processes, run, run_script, share_of
 
 import common
@@ -325,6 +326,8 @@ def test_images_come_at_the_networks_size(tmp_path, teacher_file, monkeypatch):
         raise common.UserError(str(size))
 
     monkeypatch.setattr(common, "load_labelled", load)
+    state = torchvision.models.resnet18().state_dict()
+    monkeypatch.setattr(torchvision.models.ResNet18_Weights, "get_state_dict", lambda *_, **__: state)
     torch.save(common.build_backbone("resnet18").state_dict(), tmp_path / "resnet18.pth")
     torch.save(common.build_backbone("wrn_16_1").state_dict(), tmp_path / "wrn.pth")
     cases = {

@@ -324,11 +324,14 @@ def test_torchvisions_labelled_weights_are_a_teacher(tmp_path, monkeypatch):
 
     state = torchvision.models.resnet18().state_dict()
     monkeypatch.setattr(torchvision.models.ResNet18_Weights.DEFAULT.__class__, "get_state_dict", lambda *_, **__: state)
-    teacher = common.load_torchvision("resnet18", classifier=True, num_classes=1000)
+    teacher = common.load_classifier("torchvision", "resnet18", num_classes=1000)
     images = torch.randn(2, 3, 64, 64)
     network = torchvision.models.resnet18()
     network.load_state_dict(state)
     torch.testing.assert_close(teacher(images), network.eval()(images))
     assert not any(p.requires_grad for p in teacher.parameters())
-    with pytest.raises(common.UserError, match="1000 classes apart, --data has 10"):
-        common.load_torchvision("resnet18", classifier=True, num_classes=10)
+    encoder = common.load_teacher("torchvision", "resnet18")
+    torch.testing.assert_close(encoder(images), teacher.features(images))
+    assert encoder.backbone.image_size == 224
+    with pytest.raises(common.UserError, match="1000 classes, --data has 10"):
+        common.load_classifier("torchvision", "resnet18", num_classes=10)

@@ -1,0 +1,320 @@
+"""Today's teachers: vision transformers from their released files, exported programs, torchvision's weights."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+from conftest import GOLDEN, ROOT, golden_fill, run, run_script
+
+import common
+
+VIT = json.loads((GOLDEN / "vit_teachers.json").read_text())
+
+
+def state_of(name, **changes):
+    """State dict of a golden file; changes: other shapes, or None to leave a key out."""
+    shapes = VIT[name]["state_dict"] | changes
+    return golden_fill({key: shape for key, shape in shapes.items() if shape is not None})
+
+
+@pytest.fixture
+def teacher_of(tmp_path):
+    """Saves a file's content and loads it as a teacher."""
+
+    def load(content, *args, **kwargs):
+        torch.save(content, tmp_path / "teacher.pth")
+        return common.load_teacher(tmp_path / "teacher.pth", *args, **kwargs)
+
+    return load
+
+
+# ------------------------------------------------------------------------------------------------------ Released files
+
+
+@pytest.mark.parametrize("name", VIT)
+def test_released_transformers_give_the_golden_features(name, teacher_of):
+    facts, vectors = VIT[name], np.load(GOLDEN / "vit_teachers.npz")
+    state, wrapper = state_of(name), facts["top_level"]
+    teacher = teacher_of({wrapper: state, "epoch": 300} if wrapper else state, image_size=facts["image_size"])
+    images = torch.from_numpy(vectors[f"{name}.images"])
+    features, embedding = teacher.features(images), F.normalize(teacher(images), dim=1)
+    np.testing.assert_allclose(features, vectors[f"{name}.features"], rtol=0, atol=1e-5)
+    expected = vectors.get(f"{name}.embedding", F.normalize(features, dim=1))
+    np.testing.assert_allclose(embedding, expected, rtol=0, atol=1e-5)
+    assert type(teacher.backbone) is torchvision.models.VisionTransformer and not teacher.training
+    assert teacher.backbone.feature_dim == facts["feature_dim"] and teacher.dim == embedding.shape[1]
+    assert not any(p.requires_grad or p.is_meta for p in teacher.parameters())
+
+
+@pytest.mark.parametrize("name, size", [("dino_vit8_other_size", 64), ("dinov2_vit14", 98), ("moco_v3_vit_small", 64)])
+def test_without_an_image_size_it_is_the_files(name, size, teacher_of):
+    teacher = teacher_of(state_of(name))
+    assert teacher.backbone.image_size == size
+    assert teacher(torch.zeros(1, 3, size, size)).shape == (1, teacher.dim)
+
+
+def test_whole_checkpoints_of_dino_and_ibot_give_the_embedding_of_their_head(teacher_of):
+    bare, images = state_of("dino_vit16"), torch.randn(2, 3, 64, 64)
+    features = teacher_of(bare)(images)
+    head = nn.Sequential(nn.Linear(192, 64), nn.GELU(), nn.Linear(64, 32)).eval()
+    network = {f"backbone.{key}": value for key, value in bare.items()} | {"backbone.masked_embed": torch.zeros(1, 192)}
+    network |= {f"head.mlp.{key}": value for key, value in head.state_dict().items()}
+    network |= {f"head.last_layer{n}.weight_{part}": torch.ones(99, 32) for n in ("", "2") for part in "gv"}
+    student = {f"module.{key}": torch.zeros_like(value) for key, value in network.items()}
+    teacher = teacher_of({"student": student, "teacher": network, "epoch": 100})
+    torch.testing.assert_close(teacher(images), head(features))
+    assert torch.equal(teacher_of({"state_dict": bare | {"masked_embed": torch.zeros(1, 192)}})(images), features)
+
+
+def test_dinov2s_own_training_checkpoints_are_read(teacher_of):
+    """Blocks come in numbered chunks, beside the heads of both losses."""
+    bare, images = state_of("dinov2_vit14"), torch.randn(2, 3, 98, 98)
+    head = nn.Sequential(nn.Linear(192, 64), nn.GELU(), nn.Linear(64, 32)).eval()
+    chunks = {re.sub(r"^blocks\.(\d+)", r"blocks.\1.\1", key): value for key, value in bare.items()}
+    network = {f"backbone.{key}": value for key, value in chunks.items()}
+    network |= {f"dino_head.mlp.{key}": value for key, value in head.state_dict().items()}
+    network |= {"dino_head.last_layer.weight_g": torch.ones(9, 1), "ibot_head.mlp.0.weight": torch.ones(9, 192)}
+    torch.testing.assert_close(teacher_of({"teacher": network})(images), head(teacher_of(bare)(images)))
+
+
+def test_labelled_transformers_have_a_classifier(tmp_path):
+    """Of timm's and DeiT's naming, of torchvision's, and of torchvision's files, which name the layers otherwise."""
+    torch.save({"model": state_of("dino_vit16", **{"head.weight": [7, 192], "head.bias": [7]})}, tmp_path / "deit.pth")
+    images = torch.randn(2, 3, 64, 64)
+    network = common.load_classifier(tmp_path / "deit.pth", num_classes=7)
+    assert network(images).shape == (2, 7)
+    plain = network.plain().state_dict()
+    for new, old in ((".mlp.0.", ".mlp.linear_1."), (".mlp.3.", ".mlp.linear_2.")):
+        torch.save(plain, tmp_path / "vit.pth")
+        assert torch.equal(common.load_classifier(tmp_path / "vit.pth")(images), network(images))
+        plain = {key.replace(new, old): value for key, value in plain.items()}
+    torch.save(plain, tmp_path / "vit.pth")
+    assert torch.equal(common.load_classifier(tmp_path / "vit.pth")(images), network(images))
+
+
+def test_a_transformer_of_ours_is_a_teacher_at_any_size(teacher_of):
+    backbone, images = common.build_backbone("vit_b_32", 64).eval(), torch.randn(2, 3, 64, 64)
+    content = {"arch": "vit_b_32", "image_size": 64, "state_dict": backbone.state_dict()}
+    torch.testing.assert_close(teacher_of(content)(images), backbone(images))
+    assert teacher_of(content, image_size=96)(torch.randn(2, 3, 96, 96)).shape == (2, 768)
+
+
+def test_half_precision_files_become_float32(teacher_of):
+    state = {key: value.half() for key, value in state_of("dino_vit16").items()}
+    assert {p.dtype for p in teacher_of(state).parameters()} == {torch.float32}
+
+
+def test_moco_v3_and_dino_resnets_are_read(teacher_of):
+    backbone, images = common.build_backbone("resnet18").eval(), torch.randn(4, 3, 64, 64)
+    norm = nn.BatchNorm1d(32, affine=False)
+    head = nn.Sequential(nn.Linear(512, 64, bias=False), nn.BatchNorm1d(64), nn.ReLU(),
+                         nn.Linear(64, 32, bias=False), norm).eval()  # fmt: skip
+    norm.running_var.fill_(2)
+    state = {f"module.{encoder}.{key}": value for encoder in ("base_encoder", "momentum_encoder")
+             for key, value in (*backbone.state_dict().items(),
+                                *((f"fc.{key}", value) for key, value in head.state_dict().items()))}  # fmt: skip
+    state["module.predictor.0.weight"] = torch.zeros(5, 32)
+    teacher = teacher_of({"epoch": 100, "arch": "resnet18", "state_dict": state})
+    torch.testing.assert_close(teacher(images), head(backbone(images)))
+    assert teacher.dim == 32
+    assert torch.equal(teacher_of(backbone.state_dict())(images), backbone(images))
+
+
+REFUSALS = {
+    "SwiGLU": ({"blocks.0.mlp.w12.weight": [9, 192]}, {}, ["SwiGLU", ".pt2"]),
+    "convolutional stem": ({"patch_embed.proj.weight": None, "patch_embed.proj.0.weight": [24, 3, 3, 3]}, {},
+                           ["convolutional stem", ".pt2"]),
+    "DINOv3": ({"pos_embed": None, "rope_embed.periods": [16], "storage_tokens": [1, 4, 192]}, {},
+               ["rotary positions", ".pt2"]),
+    "no positions": ({"pos_embed": None}, {}, ["no encoder.pos_embedding", ".pt2"]),
+    "two class tokens": ({"dist_token": [1, 1, 192], "pos_embed": [1, 18, 192]}, {}, ["positions", ".pt2"]),
+    "a key left over": ({"blocks.0.attn.gate": [192]}, {}, ["left over", "encoder_layer_0.attn.gate"]),
+    "a key missing": ({"blocks.1.norm2.bias": None}, {}, ["missing", "encoder_layer_1.ln_2.bias"]),
+    "image size": ({}, {"image_size": 40}, ["patches of 16 pixels", "--image-size 32"]),
+    "a small image": ({}, {"image_size": 8}, ["patches of 16 pixels", "--image-size 16"]),
+    "another network": ({}, {"arch": "resnet18"}, ["teacher.pth as resnet18 does not fit", "missing"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_what_does_not_fit_is_refused_by_name(case, teacher_of):
+    changes, options, words = REFUSALS[case]
+    with pytest.raises(common.UserError, match=r"teacher.pth") as error:
+        teacher_of(state_of("dino_vit16", **changes), **options)
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value), error.value
+
+
+# ------------------------------------------------------------------------------------------------------------ Programs
+
+
+class RotaryNetwork(nn.Module):
+    """One block with rotary attention, which torchvision does not have; computes angles in float32, as DINOv3 does."""
+
+    def __init__(self, dim=16, heads=2, patch=8):
+        super().__init__()
+        self.heads = heads
+        self.patches, self.norm = nn.Conv2d(3, dim, patch, patch), nn.LayerNorm(dim)
+        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+    def rotate(self, x):
+        (places, half), dtype = (x.shape[-2], x.shape[-1] // 2), x.dtype
+        angle = torch.arange(places, device=x.device)[:, None] / 100 ** (torch.arange(half, device=x.device) / half)
+        a, b = x.to(torch.float32).chunk(2, dim=-1)
+        return torch.cat([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()], dim=-1).to(dtype)
+
+    def forward(self, images):
+        x = self.patches(images).flatten(2).mT
+        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        x = x + self.out(F.scaled_dot_product_attention(self.rotate(q), self.rotate(k), v).mT.flatten(1, 2).mT)
+        return x.mean(dim=1) * torch.tensor([2.0])  # a constant, too
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    """A RotaryNetwork and its file, written by the lines of the documentation for images of 32 pixels."""
+    torch.manual_seed(0)
+    network = RotaryNetwork().eval()
+    pages = "".join(page.read_text() for page in sorted((ROOT / "docs").glob("*.md")))
+    blocks = re.findall(r"```python\n(.*?)```", pages, flags=re.DOTALL)
+    (lines,) = {block for block in blocks if "torch.export.save" in block}
+    assert len(lines.strip().splitlines()) <= 6  # with an empty one
+    lines = re.sub(r"^network = .*", "", lines, flags=re.MULTILINE).replace("224", "32")
+    path = tmp_path_factory.mktemp("program") / "teacher.pt2"
+    exec(lines.replace("teacher.pt2", str(path)), {"network": network})
+    return network, path
+
+
+def test_a_program_gives_what_its_network_gives(program):
+    network, path = program
+    teacher = common.load_teacher(path, trust=True)
+    assert (teacher.dim, teacher.backbone.feature_dim, teacher.backbone.image_size) == (16, 16, 32)
+    for count in (1, 2, 5):
+        images = torch.randn(count, 3, 32, 32)
+        torch.testing.assert_close(teacher.train()(images), network(images))
+    teacher.amp = torch.bfloat16
+    half = teacher(images)
+    assert half.dtype == torch.float32 and not torch.equal(half, network(images))
+    torch.testing.assert_close(half, network(images), rtol=0.05, atol=0.05)
+    assert teacher.state_dict() and not any(p.requires_grad for p in teacher.parameters())
+
+
+def test_a_program_moves_to_another_device_with_its_constants_and_operations(program):
+    """ "meta" stands in for CUDA: the move is the same."""
+    teacher = common.load_teacher(program[1], trust=True).to("meta")
+    assert not any(p.requires_grad for p in teacher.parameters())
+    assert teacher.backbone(torch.randn(4, 3, 32, 32, device="meta")).shape == (4, 16)
+    nodes = teacher.backbone.program.graph.nodes
+    assert {str(node.kwargs["device"]) for node in nodes if "device" in node.kwargs} == {"meta"}
+
+
+def test_a_program_is_refused_without_trust_and_where_it_does_not_do(program, tmp_path):
+    network, path = program
+    with pytest.raises(common.UserError, match=r"teacher.pt2 is a program, which can run any code: .*--trust-teacher"):
+        common.load_teacher(path)
+    with pytest.raises(common.UserError, match=r"program .* no linear classifier"):
+        common.load_classifier(path)
+    with pytest.raises(common.UserError, match=r"teacher.pt2 .*: export it"):
+        common.load_teacher(path, image_size=24, trust=True)
+    (tmp_path / "text.pt2").write_text("no program")
+    for one_size in (network, nn.Conv2d(3, 4, 1)):
+        program = torch.export.export(one_size, (torch.zeros(2, 3, 32, 32),))
+        torch.export.save(program, tmp_path / f"{type(one_size).__name__}.pt2")
+    for file in ("text.pt2", "RotaryNetwork.pt2", "Conv2d.pt2", "missing.pt2"):
+        with pytest.raises(common.UserError, match=rf"{file} is not a program that .* dynamic batch") as error:
+            common.load_teacher(tmp_path / file, trust=True)
+        assert "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------------------- Scripts
+
+SMALL = "--data shapes:48 --image-size 32 --student squeezenet1_1 --batch-size 16 --queue-size 32 --epochs 2"
+LINES = {"disco.py": SMALL, "seed.py": SMALL}
+
+
+@pytest.fixture(scope="module")
+def transformer_file(tmp_path_factory):
+    """A released file of patches of 8 pixels and images of 64."""
+    path = tmp_path_factory.mktemp("transformer") / "dino.pth"
+    torch.save(state_of("dino_vit8_other_size"), path)
+    return path
+
+
+def losses_of(folder):
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines]
+
+
+@pytest.mark.parametrize("script", LINES)
+@pytest.mark.parametrize("kind", ["transformer", "program"])
+def test_scripts_distil_todays_teachers_on_one_process_and_on_two(script, kind, program, transformer_file, tmp_path):
+    teacher = f"{transformer_file}" if kind == "transformer" else f"{program[1]} --trust-teacher"
+    line = f"{script} {LINES[script]} --teacher {teacher}"
+    run(f"{line} --out {tmp_path}/one")
+    run_script(f"{line} --out {tmp_path}/two", processes=2)
+    one, two = losses_of(tmp_path / "one"), losses_of(tmp_path / "two")
+    assert len(one) == 2 and one == pytest.approx(two, rel=1e-3)
+    for stop in (2, 6):
+        run(f"{line} --out {tmp_path}/parts --max-steps {stop}")
+    first, second = (torch.load(tmp_path / f / "checkpoint.pth", weights_only=True) for f in ("one", "parts"))
+    assert not any(key.startswith("teacher.") for key in first["model"])
+    assert all(torch.equal(value, second["model"][key]) for key, value in first["model"].items())
+    for amp in ("off", "bf16"):
+        run(f"{line} --amp {amp} --max-steps 1 --out {tmp_path}/{amp}")
+    assert losses_of(tmp_path / "bf16") == pytest.approx(losses_of(tmp_path / "off"), rel=0.02)
+
+
+@pytest.mark.parametrize("script", LINES)
+def test_torchvisions_weights_are_a_teacher(script, tmp_path, monkeypatch):
+    state = torchvision.models.resnet18().state_dict()
+    monkeypatch.setattr(torchvision.models.ResNet18_Weights, "get_state_dict", lambda *_, **__: state)
+    line = f"{script} {LINES[script]} --teacher torchvision --max-steps 2"
+    run(f"{line} --teacher-arch resnet18 --out {tmp_path}/run")
+    assert losses_of(tmp_path / "run")
+    with pytest.raises(SystemExit):
+        run(f"{line} --out {tmp_path}/none")
+
+
+def test_linear_eval_takes_todays_teachers(program, transformer_file, tmp_path, capsys):
+    """A transformer's positions follow the image size of the evaluation."""
+    line = "linear_eval.py --data shapes:40 --image-size 32 --cached --batch-size 20 --knn 5 --epochs 1"
+    run(f"{line} --weights {program[1]} {transformer_file} --trust-teacher --out {tmp_path}/eval")
+    result = json.loads((tmp_path / "eval" / "eval.json").read_text())
+    assert [result[str(path)]["feature_dim"] for path in (program[1], transformer_file)] == [16, 192]
+    assert result[str(program[1])]["parameters"] == sum(p.numel() for p in program[0].parameters())
+    small = tmp_path / "small.pth"
+    torch.save(common.build_backbone("resnet8").state_dict(), small)
+    line = line.replace("--image-size 32 ", "")
+    run(f"{line} --weights {transformer_file} {small} --out {tmp_path}/sizes")  # both at 64 pixels
+    assert f"{small}" in capsys.readouterr().out
+
+
+MISTAKES = {
+    "disco.py --teacher {program}": ["teacher.pt2", "any code", "--trust-teacher"],
+    "seed.py --teacher {program}": ["teacher.pt2", "any code", "--trust-teacher"],
+    "linear_eval.py --weights {program}": ["teacher.pt2", "any code", "--trust-teacher"],
+    "linear_eval.py --weights {program} --trust-teacher --finetune": ["--finetune", ".pt2"],
+    "sskd.py --teacher {program} --student resnet8": ["teacher.pt2", "linear classifier"],
+    "disco.py --teacher {program} --trust-teacher --image-size 24": ["teacher.pt2", "--image-size"],
+    "disco.py --teacher {dino} --image-size 20": ["dino.pth", "patches of 8", "--image-size 16"],
+    "seed.py --teacher {dino} --image-size 20": ["dino.pth", "patches of 8", "--image-size 16"],
+    "linear_eval.py --weights {dino} --image-size 20": ["dino.pth", "patches of 8", "--image-size 16"],
+    "seed.py --teacher {dino} --small-crops 2 --small-size 24": ["dino.pth", "24 pixels", "--small-size"],
+    "disco.py --teacher torchvision": ["--teacher-arch"],
+    "disco.py --teacher torchvision --teacher-arch resnet8": ["torchvision has no weights for resnet8"],
+}
+
+
+@pytest.mark.parametrize("line", MISTAKES)
+def test_a_mistake_is_one_line(line, program, transformer_file, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    script, _, arguments = line.format(program=program[1], dino=transformer_file).partition(" ")
+    with pytest.raises(SystemExit) as stop:
+        run(f"{script} {LINES.get(script, '--data shapes:48 --image-size 16')} {arguments}")
+    lines = [text for text in capfd.readouterr().err.splitlines() if text.startswith(f"{script}: error: ")]
+    assert stop.value.code == 2 and len(lines) == 1
+    assert all(word in lines[0] for word in MISTAKES[line]), lines[0]
