@@ -1580,7 +1580,7 @@ def extract_features(encoder, dataset, image_size, batch_size, workers, device):
     return features, gather(labels)
 
 
-KNN_QUERIES = 64  # compared with all training images at a time, over all processes
+KNN_BLOCK = 256, 2**13  # queries of all processes and training images that are compared at a time
 
 
 def nearest_neighbours(train, queries, k):
@@ -1590,21 +1590,29 @@ def nearest_neighbours(train, queries, k):
     gets their neighbours. Yields (m, k) tensors for m of the queries at a time. Among equal similarities the lower
     number comes first. Where fewer than k images can be read, the last similarities are -inf.
     """
+
+    def nearest(similarity, numbers):
+        similarity, places = similarity.topk(min(k, similarity.shape[1]), dim=1)
+        return similarity, numbers.gather(1, places)
+
     features, labels = train
     norms = features.norm(dim=1).clamp(min=1e-12)
     numbers = local_share(torch.arange(len(labels), device=labels.device))
     # Subtracted in float64: less than the rounding error of a similarity, it decides between equal ones.
     offsets = (numbers.double() * 2**-52).masked_fill(local_share(labels) < 0, torch.inf)
-    for own in queries.split(max(1, KNN_QUERIES // world_size())):
-        similarity = (F.normalize(gather(own), dim=1) @ features.T).div_(norms) - offsets
-        near = similarity.topk(min(k, len(features)), dim=1)
-        # Every process's nearest of this one's queries: (processes, processes, m, k) -> (m, processes * k)
+    for own in queries.split(max(1, KNN_BLOCK[0] // world_size())):
+        everyones = F.normalize(gather(own), dim=1)
+        blocks = []
+        for start in range(0, len(features), KNN_BLOCK[1]):
+            part = slice(start, start + KNN_BLOCK[1])
+            similarity = (everyones @ features[part].T).div_(norms[part]) - offsets[part]
+            blocks.append(nearest(similarity, numbers[part].expand(len(everyones), -1)))
+        of_share = nearest(*(torch.cat(parts, dim=1) for parts in zip(*blocks, strict=True)))
+        # Of the queries of this process, the nearest in every share: (m, world_size * k)
         shape = world_size(), world_size(), len(own), -1
-        similarity, found = (
-            gather(part).view(shape)[:, rank()].transpose(0, 1).flatten(1) for part in (near[0], numbers[near[1]])
-        )
-        near = similarity.topk(min(k, similarity.shape[1]), dim=1)
-        yield near.values.float(), found.gather(1, near.indices)
+        of_all = (gather(part).view(shape)[:, rank()].transpose(0, 1).flatten(1) for part in of_share)
+        similarity, found = nearest(*of_all)
+        yield similarity.float(), found
 
 
 def knn_accuracy(train, val, ks, num_classes, temperature=0.07):

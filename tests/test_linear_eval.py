@@ -175,7 +175,7 @@ def neighbours_of_equal_images():
     labels[[0, 30]] = -1
     shares = share_of(train, labels), common.local_share(queries)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "KNN_QUERIES", 5)
+        patch.setattr(common, "KNN_BLOCK", (5, 6))
         found = [zip(*common.nearest_neighbours(*shares, k), strict=True) for k in (7, 39, 41)]
         found = [[torch.cat(parts) for parts in neighbours] for neighbours in found]
     return train, labels, queries, found
