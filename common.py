@@ -79,54 +79,37 @@ def run_script(main):
 
     Exit status: 2 and one line for a `UserError`, 143 for a run that a signal stopped, 130 for Ctrl-C, else 1.
     """
+    script, connected = Path(sys.argv[0]).name, dist.is_initialized
     try:
         main()
-        if dist.is_initialized():
+        if connected():
             dist.destroy_process_group()
         return
-    except (Exception, Stopped, KeyboardInterrupt) as error:
-        if dist.is_initialized():
-            for number in (signal.SIGINT, *STOP_SIGNALS):  # torchrun now sends them to all processes
-                signal.signal(number, signal.SIG_IGN)
-        status, message = exit_status(error)
-        if message and first_to_fail(error):
-            # On a line of its own, after rank 0's progress bar
-            tqdm.write("\n" * (rank() > 0) + message, file=sys.stderr)
-    sys.stdout.flush(), sys.stderr.flush()
-    if not dist.is_initialized():
+    except UserError as error:
+        status, message = 2, f"{script}: error: {error}"
+    except Stopped as error:
+        status, message = 143, f"{script}: {error}"
+    except KeyboardInterrupt:
+        status, message = 130, "interrupted; the same command continues from the last checkpoint"
+    except Exception as error:
+        status, message = 1, traceback.format_exc()
+        gone = re.search(r"Connection (closed|reset) by \w*\s?peer|Broken pipe|ncclRemoteError", str(error))
+        if isinstance(error, RuntimeError) and gone:  # of gloo or NCCL; any other reason of theirs is printed whole
+            message = f"{script}: lost contact with another process, which ended without a message ({gone[0]})"
+            message = message if rank() == 0 else ""
+    if not connected():
+        if status != 2 or os.environ.get("LOCAL_RANK", "0") == "0":  # all processes meet the same mistake
+            print(message, file=sys.stderr)
         sys.exit(status)
+    for number in (signal.SIGINT, *STOP_SIGNALS):  # torchrun now sends them to all processes
+        signal.signal(number, signal.SIG_IGN)
+    with contextlib.suppress(dist.DistError):  # the store is gone, with the process that failed first
+        if message and dist.distributed_c10d._get_default_store().add("failures", 1) == 1:
+            tqdm.write("\n" * (rank() > 0) + message, file=sys.stderr)  # not in the line of rank 0's progress bar
+    sys.stdout.flush(), sys.stderr.flush()
     if rank() == 0:
         time.sleep(1)  # the other processes may still ask the store, if rank 0 hosts it
     os._exit(status)  # a normal exit waits for collectives with processes that are gone
-
-
-def exit_status(error):
-    """Exit status and message of a process that ends by `error`."""
-    script = Path(sys.argv[0]).name
-    if isinstance(error, UserError):
-        return 2, f"{script}: error: {error}"
-    if isinstance(error, Stopped):
-        return 143, f"{script}: {error}"
-    if isinstance(error, KeyboardInterrupt):
-        return 130, "interrupted; the same command continues from the last checkpoint"
-    gone = re.search(r"Connection (closed|reset) by \w*\s?peer|Broken pipe|ncclRemoteError", str(error))
-    if isinstance(error, RuntimeError) and gone:  # of gloo or NCCL; any other reason of theirs is printed whole
-        lost = f"{script}: lost contact with another process, which ended without a message ({gone[0]})"
-        return 1, lost if rank() == 0 else ""
-    return 1, "".join(traceback.format_exception(error))
-
-
-def first_to_fail(error):
-    """Whether this process is the one that prints the cause.
-
-    Before the processes are connected, all of a machine meet the same mistake of the user.
-    """
-    if not dist.is_initialized():
-        return not isinstance(error, UserError) or os.environ.get("LOCAL_RANK", "0") == "0"
-    try:
-        return dist.distributed_c10d._get_default_store().add("failures", 1) == 1
-    except dist.DistError:  # the store is gone, with the process that failed first
-        return False
 
 
 def init_device(seed):
@@ -198,6 +181,14 @@ def broadcast(value):
     return values[0]
 
 
+def gather_objects(value):
+    """Every process's value, any Python object, in the order of ranks: a list."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
 def gather(x):
     """Concatenate every process's (N, ...) tensor in the order of ranks: (world_size * N, ...). No gradient flows."""
     if world_size() == 1:
@@ -212,21 +203,6 @@ def all_reduce(x):
     if world_size() > 1:
         dist.all_reduce(x)
     return x
-
-
-def gather_with_gradient(x):
-    """As `gather`, for a loss over the global batch that needs gradients.
-
-    Every process computes the same loss, and the gradient flows into its own rows only, times the number of processes:
-    DistributedDataParallel's mean over the processes is then the gradient of that loss.
-    """
-    if world_size() == 1:
-        return x
-    own = x.view_as(x)
-    own.register_hook(lambda gradient: gradient * world_size())
-    rows = list(gather(x.detach()).split(len(x)))
-    rows[rank()] = own
-    return torch.cat(rows)
 
 
 def shuffle(x):
@@ -428,11 +404,7 @@ def list_folder(root):
             listing = file.name, np.bincount(found.targets), found.classes
     except OSError as error:
         raise UserError(f"cannot list {root} ({str(error).splitlines()[0]})") from None
-    if world_size() > 1:
-        listings = [None] * world_size()
-        dist.all_gather_object(listings, listing)
-        listing = listings[rank() - local_rank]
-    name, counts, classes = listing
+    name, counts, classes = gather_objects(listing)[rank() - local_rank]
     with open(name, "r+b") as shared:  # torch sends such a storage to spawned workers as a file descriptor
         storage = torch.UntypedStorage._new_shared_fd_cpu(shared.fileno(), os.stat(name).st_size)
     gather(torch.zeros(1))  # all have opened the file before it loses its name
@@ -1711,7 +1683,7 @@ class Run:
             return
         if args.tensorboard and not importlib.util.find_spec("tensorboard"):
             raise UserError("--tensorboard needs another package: pip install tensorboard")
-        contents = {file: Path(file).read_bytes() for file in files if file not in ("torchvision", "random")}
+        contents = {file: Path(file).read_bytes() for file in files if file != "torchvision"}
         config = {
             "script": script,
             **metadata,
@@ -1828,7 +1800,7 @@ class Run:
         """Yield the batches that are left of this epoch; the first one of the run is drawn in views.png."""
         self.clock = self.step, time.perf_counter()
         for views, labels in loader.batches(self.step, min(self.end, (self.epoch + 1) * self.steps)):
-            if self.step == 0 and isinstance(loader, Loader):
+            if self.step == rank() == 0 and isinstance(loader, Loader):
                 self.draw_views(views)
             yield views, labels
 
@@ -1857,14 +1829,8 @@ class Run:
             self.stop()
 
     def average_losses(self):
-        """Losses since the last line of the log, (steps, losses) on the CPU, averaged over the processes.
-
-        Raises UserError if one is not finite.
-        """
-        losses = torch.stack(self.losses)
-        if world_size() > 1:
-            dist.all_reduce(losses)
-            losses /= world_size()
+        """Losses since the last line of the log, (steps, losses) on the CPU, averaged over the processes."""
+        losses = all_reduce(torch.stack(self.losses)) / world_size()
         self.losses = list(losses)
         losses = losses.cpu()  # the only wait for the device
         finite = losses.isfinite().all(dim=1).tolist()
@@ -1873,19 +1839,15 @@ class Run:
         return losses
 
     def raise_not_finite(self, step, what):
-        """Raise UserError with the step from which on a number is not finite."""
+        """Raise UserError for a loss or a weight that is not finite."""
         raise UserError(f"{what} is not finite at step {step}, epoch {self.epoch}, learning rate {self.lr:g}; the "
                         f"checkpoint in {self.folder} is from before: lower --lr or use --amp off, with another "
                         "--out")  # fmt: skip
 
     def name_unreadable(self):
         """Name each unreadable image once, in the log and to the user; too many of them end the run."""
-        found = [FolderDataset.unreadable]
-        if world_size() > 1:
-            found = [None] * world_size()
-            dist.all_gather_object(found, FolderDataset.unreadable)
-        for path, reason in sorted(item for images in found for item in images.items()):
-            FolderDataset.unreadable[path] = reason
+        found = {path: reason for images in gather_objects(FolderDataset.unreadable) for path, reason in images.items()}
+        for path, reason in sorted(found.items()):
             if path not in self.named:
                 self.named.add(path)
                 self.log({"unreadable": path, "reason": reason})
@@ -1975,13 +1937,11 @@ class Run:
 
     def draw_views(self, views):
         """Write views.png: a row for each view, up to eight images wide. views: normalized (N, 3, size, size) each."""
-        if rank() == 0:
-            mean, std = (torch.tensor(values).view(3, 1, 1) for values in self.mean_std)
-            size = max(128, *(view.shape[-1] for view in views))
-            images = [F.interpolate(view[:8].cpu() * std + mean, (size, size), mode="nearest") for view in views]
-            images = torch.cat(images).clamp(0, 1)
-            save = torchvision.utils.save_image
-            atomic_write(self.folder / "views.png", lambda file: save(images, file, nrow=8, format="png"))
+        mean, std = torch.tensor(self.mean_std)[..., None, None]
+        size = max(128, *(view.shape[-1] for view in views))
+        images = [F.interpolate(view[:8].cpu() * std + mean, (size, size), mode="nearest") for view in views]
+        save = partial(torchvision.utils.save_image, torch.cat(images).clamp(0, 1), nrow=8, format="png")
+        atomic_write(self.folder / "views.png", save)
 
     def read(self, name):
         """Content of a JSON file of the folder, on every process; None if there is none."""

@@ -134,6 +134,21 @@ def pad_and_crop(images, offsets, padding):
 # --------------------------------------------------------------------------------------------------------------- Method
 
 
+def gather_with_gradient(x):
+    """As `common.gather`, for a loss over the global batch that needs gradients.
+
+    Every process computes the same loss, and the gradient flows into its own rows only, times the number of processes:
+    DistributedDataParallel's mean over the processes is then the gradient of that loss.
+    """
+    if common.world_size() == 1:
+        return x
+    own = x.view_as(x)
+    own.register_hook(lambda gradient: gradient * common.world_size())
+    rows = list(common.gather(x.detach()).split(len(x)))
+    rows[common.rank()] = own
+    return torch.cat(rows)
+
+
 class SSKD(nn.Module):
     """Student, frozen teacher and the self-supervision heads of both.
 
@@ -169,10 +184,9 @@ class SSKD(nn.Module):
 
     def forward(self, images, labels):
         """Losses over the batch of all processes. images: (rotations * N, 3, H, W) of this one; labels: (N,)."""
-        gather = common.gather_with_gradient  # similarities and error levels are among all images
         labels = common.gather(labels)
         student_features, student_logits = self.student.features_and_output(images)
-        student_logits = gather(student_logits)
+        student_logits = gather_with_gradient(student_logits)
         if self.teacher:
             with torch.no_grad():
                 teacher_features, teacher_logits = self.teacher.features_and_output(images)
@@ -180,7 +194,7 @@ class SSKD(nn.Module):
         if self.rotations > 1:
             with torch.no_grad():
                 teacher_ss = common.gather(self.teacher_head(teacher_features))
-            student_ss = gather(self.student_head(student_features))
+            student_ss = gather_with_gradient(self.student_head(student_features))
             losses = sskd_losses(student_logits, student_ss, teacher_logits, teacher_ss, labels, **self.options)
         else:
             losses = {"ce": F.cross_entropy(student_logits, labels)}
@@ -263,7 +277,7 @@ def main():
             lr = optimizer.param_groups[1]["lr"] = step_lr(args.head_lr, epoch, head_epochs, args.head_milestones)
             for (images,), _ in run.batches(loader):
                 embedding = ddp_model(model.teacher.features(images))
-                losses = {"loss": ss_head_loss(common.gather_with_gradient(embedding))}
+                losses = {"loss": ss_head_loss(gather_with_gradient(embedding))}
                 step(losses["loss"])
                 run.track(losses, lr)
 

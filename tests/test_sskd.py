@@ -145,7 +145,7 @@ def head_share():
     ddp_model = common.distribute(model.teacher_head)
 
     def loss_of(images, labels):
-        return {"loss": ss_head_loss(common.gather_with_gradient(ddp_model(model.teacher.features(images))))}
+        return {"loss": ss_head_loss(sskd.gather_with_gradient(ddp_model(model.teacher.features(images))))}
 
     return train(model, model.teacher_head.parameters(), loss_of)
 
