@@ -163,9 +163,8 @@ def main():
     evaluate = partial(common.KnnProbe(args, size, device), student) if args.knn_every else None
 
     for epoch in run.epochs(args.epochs, len(loader), evaluate, args.knn_every):
-        lr = common.set_lr(
-            optimizer, warmup_cosine_lr(args.lr, args.batch_size, epoch, args.epochs, args.warmup_epochs)
-        )
+        lr = warmup_cosine_lr(args.lr, args.batch_size, epoch, args.epochs, args.warmup_epochs)
+        common.set_lr(optimizer, lr)
         for (view, *small), _ in run.batches(loader):
             losses, keys = ddp_model(view, torch.stack(small, dim=1) if small else None)
             optimizer.zero_grad()
