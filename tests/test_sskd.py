@@ -1,5 +1,6 @@
 """SSKD's losses are the authors', on one process and on several, and its three stages run from end to end and go on."""
 
+import itertools
 import json
 import sys
 from functools import partial
@@ -132,11 +133,9 @@ def train(model, parameters, loss_of, steps=3):
 
 def student_share(weights):
     """Training of the student without BatchNorm's batch statistics, which differ from share to share."""
-    model = tiny_model(weights)
-    model.requires_grad_(False).student.requires_grad_(True)
-    if "student_head" in dict(model.named_children()):
-        model.student_head.requires_grad_(True)
-    model.eval()
+    model = tiny_model(weights).eval()
+    if model.rotations > 1:
+        model.teacher_head.requires_grad_(False)
     return train(model, [p for p in model.parameters() if p.requires_grad], common.distribute(model))
 
 
@@ -150,12 +149,9 @@ def head_share():
     return train(model, model.teacher_head.parameters(), loss_of)
 
 
-SHARES = {
-    "sskd": partial(student_share, WEIGHTS),
-    "kd": partial(student_share, {"ce": 1.0, "kd": 2.0}),
-    "ce": partial(student_share, {"ce": 1.0}),
-    "head": head_share,
-}
+COMBINATIONS = [names for size in range(1, 5) for names in itertools.combinations(WEIGHTS, size)]
+SHARES = {names: partial(student_share, {name: WEIGHTS[name] for name in names}) for names in COMBINATIONS}
+SHARES["head"] = head_share
 
 
 def all_shares():
@@ -167,7 +163,7 @@ def all_shares_and_rotations():
 
 
 def test_losses_and_weights_are_those_of_one_process(tmp_path):
-    """Ranks, similarities and means are over the whole batch: three processes give what one gives. So do the images."""
+    """For each combination of terms, and for the images: ranks, similarities and means are over the whole batch."""
     alone, batches = all_shares_and_rotations()
     on_three = on_processes(3, all_shares_and_rotations, tmp_path)
     for step, (rows, labels) in enumerate(batches):
@@ -180,7 +176,8 @@ def test_losses_and_weights_are_those_of_one_process(tmp_path):
             for key, value in state.items():
                 torch.testing.assert_close(value, alone[name][1][key], rtol=1e-4, atol=1e-6)
     for name, (_, state) in alone.items():
-        learners = "teacher_head." if name == "head" else ("student.", "student_head.")
+        learners = ["student.backbone."] + ["student.classifier."] * (name != ("ss",))
+        learners = "teacher_head." if name == "head" else (*learners, *["student_head."] * ("ss" in name))
         before = tiny_model(WEIGHTS).state_dict()
         trained = {key for key, value in state.items() if not torch.equal(value, before[key])}
         assert trained == {key for key in state if key.startswith(learners) and "running" not in key
