@@ -165,6 +165,45 @@ def test_if_one_process_fails_all_exit_and_the_cause_is_printed_once(tmp_path):
     assert not left
 
 
+FAILURES = {
+    "NCCL error: unhandled system error\nLast error:\nError while creating segment /dev/shm/nccl": "/dev/shm",
+    "NCCL WARN Bootstrap : no socket interface found": "no socket interface",
+    "[pair.cc:553] Connection closed by peer [127.0.0.1]:30392": "lost contact with another process",
+    "NCCL error: ncclRemoteError: a remote process exited": "lost contact with another process",
+}
+
+
+@pytest.mark.parametrize("error", FAILURES, ids=FAILURES.values())
+def test_the_reason_of_a_communication_error_is_printed(error, capfd):
+    def main():
+        raise torch.distributed.DistBackendError(error)
+
+    with pytest.raises(SystemExit):
+        common.run_script(main)
+    printed = capfd.readouterr().err
+    assert FAILURES[error] in printed and ("lost contact" in printed) == FAILURES[error].startswith("lost contact")
+
+
+def test_the_gpu_is_chosen_before_the_processes_connect(monkeypatch, capfd):
+    """NCCL binds to the device in init_process_group; a mistake in the arguments comes before all of it."""
+    calls = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda url: iter([(None, 3, 4)]))
+    monkeypatch.setattr(torch.distributed, "PrefixStore", lambda name, store: store)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda **options: calls.append(options))
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    for name, value in {"RANK": "3", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    device = common.init_device(0)
+    assert device == torch.device("cuda:3") == calls[0] == calls[1]["device_id"] and len(calls) == 2
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "5")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert "5 processes on 4 GPUs" in refused(f"{MOCO} --epochs 1 --out none", capfd)
+    assert "--queue" in refused(f"{MOCO} --queue-size 0 --out none", capfd) and len(calls) == 2
+
+
 # ---------------------------------------------------------------------------------------------------------------- Files
 
 
@@ -310,7 +349,7 @@ def test_a_first_step_that_overflows_changes_nothing(script, tmp_path, teacher_f
         "moco_v2": f"{small} --arch resnet8 --queue-size 50",
         "disco": f"{small} --teacher {teacher_file} --student resnet8 --queue-size 50",
         "seed": f"{small} --teacher {teacher_file} --student resnet8 --queue-size 50",
-        "sskd": f"{small} --teacher {labelled_file} --student resnet8 --head-epochs 1",
+        "sskd": f"{small} --teacher {labelled_file} --student resnet8 --tf-weight 0 --ss-weight 0",
         "linear_eval": f"{small} --weights {teacher_file} --finetune --knn 5",
     }[script]
     run(f"{line} --amp bf16 --out {tmp_path}/bf16")
