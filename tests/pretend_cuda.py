@@ -37,7 +37,7 @@ class PretendCuda(TorchFunctionMode):
             (torch.cuda, "device_count", lambda: 8),
             (torch.cuda, "set_device", lambda device: None),
             (torch.Tensor, "pin_memory", lambda tensor: tensor),
-            (dist, "init_process_group", lambda *_, device_id=None, **options: join("gloo", **options)),
+            (dist, "init_process_group", lambda *_, backend=None, device_id=None, **options: join("gloo", **options)),
         ):
             self.patch.setattr(owner, name, replacement)
         torch.__future__.set_overwrite_module_params_on_conversion(True)  # module.to() replaces Parameters
