@@ -514,10 +514,10 @@ def subsample_per_class(dataset, fraction, seed):
         return dataset
     labels = dataset.labels.cpu().numpy()
     order = np.random.default_rng([seed, 2006]).permutation(len(labels))
-    order = order[np.argsort(labels[order], kind="stable")]
-    counts = np.bincount(labels)
-    place = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)  # within the class
-    return subset(dataset, np.sort(order[place < np.maximum(1, np.rint(fraction * counts)).repeat(counts)]))
+    by_class = order[np.argsort(labels[order], kind="stable")]
+    classes = np.split(by_class, np.cumsum(np.bincount(labels))[:-1])
+    kept = [members[: max(1, round(fraction * len(members)))] for members in classes]
+    return subset(dataset, np.sort(np.concatenate(kept)))
 
 
 def subset(dataset, indices):
@@ -775,14 +775,9 @@ class View:
 
 def normalize(images, mean_std):
     """Subtract each channel's mean from float images (n, 3, H, W) and divide by its standard deviation, in place."""
-    mean, std = constant(mean_std, images.device)[..., None, None]
-    return images.sub_(mean).div_(std)
-
-
-@cache
-def constant(values, device):
-    """A tensor of these numbers, copied to the device once, because each such copy waits for the device."""
-    return torch.tensor(values, device=device)
+    for channel, mean, std in zip(images.unbind(dim=1), *mean_std, strict=True):  # numbers need no copy to the device
+        channel.sub_(mean).div_(std)
+    return images
 
 
 # -------------------------------------------------------------------------------------------------------------- Loading
