@@ -5,7 +5,7 @@ Sections, in the order of an experiment:
     Processes       torchrun's environment, collectives, how a user's mistake ends
     Command line    the words that mean the same in every script
     Data            a folder in ImageNet's layout, torchvision's small sets, drawn shapes
-    Augmentation    random views: geometry where the images are, colour, rotations and padded crops on the device
+    Augmentation    random views: crops and flips where the images are, colour on the device
     Loading         batches that are the same for any number of processes and workers
     Networks        torchvision's and CIFAR's networks, heads, files of teachers and labelled networks
     Evaluation      features of a frozen backbone, k-NN
@@ -390,15 +390,16 @@ class FolderDataset:
 def list_folder(root):
     """Paths, labels and class names of the images in ROOT/CLASS/, in the order of torchvision's ImageFolder.
 
-    Paths are rows of bytes, a uint8 tensor (N, longest) filled up with zeros. One process of each machine lists the
-    folder into a temporary file; all of them and their workers map that file, so its memory is used once.
+    Paths: uint8 (N, longest path), each row the bytes of a path and zeros. labels: (N,). One process of each machine
+    lists the folder into a temporary file, which its other processes and all workers map: a machine holds the paths
+    once. Each folder is listed once in a run.
     """
     local_rank, listing = int(os.environ.get("LOCAL_RANK", 0)), None
     try:
         if local_rank == 0:
             found = torchvision.datasets.ImageFolder(root)
-            paths = np.array([os.fsencode(path) for path, _ in found.samples])
             file = tempfile.NamedTemporaryFile()
+            paths = np.array([os.fsencode(path) for path, _ in found.samples])
             file.write(paths)
             file.flush()
             listing = file.name, np.bincount(found.targets), found.classes
@@ -409,7 +410,8 @@ def list_folder(root):
         storage = torch.UntypedStorage._new_shared_fd_cpu(shared.fileno(), os.stat(name).st_size)
     gather(torch.zeros(1))  # all have opened the file before it loses its name
     labels = torch.arange(len(classes)).repeat_interleave(torch.from_numpy(counts))
-    return torch.empty(0, dtype=torch.uint8).set_(storage).view(len(labels), -1), labels, classes
+    paths = torch.empty(0, dtype=torch.uint8).set_(storage).view(len(labels), -1)
+    return paths, labels, classes
 
 
 def read_image(path):
@@ -478,10 +480,10 @@ def subsample_per_class(dataset, fraction, seed):
         return dataset
     labels = dataset.labels.cpu().numpy()
     order = np.random.default_rng([seed, 2006]).permutation(len(labels))
-    order = order[np.argsort(labels[order], kind="stable")]
-    counts = np.bincount(labels)
-    place = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)  # within the class
-    return subset(dataset, np.sort(order[place < np.maximum(1, np.rint(fraction * counts)).repeat(counts)]))
+    by_class = order[np.argsort(labels[order], kind="stable")]
+    classes = np.split(by_class, np.cumsum(np.bincount(labels))[:-1])
+    kept = [members[: max(1, round(fraction * len(members)))] for members in classes]
+    return subset(dataset, np.sort(np.concatenate(kept)))
 
 
 def subset(dataset, indices):
@@ -515,7 +517,7 @@ def load_small_set(name, root, split):
             except (OSError, RuntimeError) as error:
                 raise UserError(f"{name} is not in {root} and could not be fetched ({str(error).splitlines()[0]}): "
                                 "pass --data-root") from None  # fmt: skip
-        gather(torch.zeros(1))  # wait; on the CPU, since NCCL waits for ten minutes only
+        gather(torch.zeros(1))  # the others wait
     images = torch.as_tensor(found.data)
     if images.ndim == 3:  # grey: three channels that share their memory
         images = images[:, None].expand(-1, 3, -1, -1)
@@ -626,11 +628,13 @@ def crop_and_resize(images, boxes, flips, size):
     boxes: (n, 4) top, left, height, width; flips: (n,) bool.
     """
     n, channels, height, width = images.shape
+    flips = torch.from_numpy(flips).to(images.device, non_blocking=True)[:, None, None]
+    if height == width == size and (boxes == [0, 0, size, size]).all():  # nothing to resize
+        return torch.where(flips[..., None], images.flip(3), images)
     boxes = torch.from_numpy(boxes).to(images.device, non_blocking=True)
-    flips = torch.from_numpy(flips).to(images.device, non_blocking=True)
     rows = resize_weights(boxes[:, 0], boxes[:, 2], height, size)
     columns = resize_weights(boxes[:, 1], boxes[:, 3], width, size)
-    columns = torch.where(flips[:, None, None], columns.flip(1), columns)
+    columns = torch.where(flips, columns.flip(1), columns)
     images = torch.bmm(images.flatten(1, 2), columns.mT).view(n, channels, height, size)
     return rows[:, None] @ images
 
@@ -737,14 +741,9 @@ class View:
 
 def normalize(images, mean_std):
     """Subtract each channel's mean from float images (n, 3, H, W) and divide by its standard deviation, in place."""
-    mean, std = constant(mean_std, images.device)[..., None, None]
-    return images.sub_(mean).div_(std)
-
-
-@cache
-def constant(values, device):
-    """A tensor of these numbers, copied to the device once, because each such copy waits for the device."""
-    return torch.tensor(values, device=device)
+    for channel, mean, std in zip(images.unbind(dim=1), *mean_std, strict=True):  # numbers need no copy to the device
+        channel.sub_(mean).div_(std)
+    return images
 
 
 # -------------------------------------------------------------------------------------------------------------- Loading
@@ -812,13 +811,13 @@ def make_dataloader(dataset, requests, workers, device):
 
 
 def worker_init(worker):
-    """Make a worker ignore the signals that all processes of a job get: the run needs it until all is saved.
+    """Make a worker ignore signals that a scheduler or a terminal sends to all processes of a run.
 
-    A worker obeys SIGTERM of the main process alone.
+    The main process needs its workers until the run is saved; then it ends them by SIGTERM.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    # Of the thread that hands over batches; it fails when the main process ends first
+    # Only the thread that sends batches calls this hook, when the main process has closed the connection.
     sys.excepthook = lambda *error: None
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -826,7 +825,7 @@ def worker_init(worker):
 
 
 def exit_with_parent():
-    """End this process when its parent sends SIGTERM."""
+    """End this process when its parent, and no other process, sends SIGTERM."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         continue
     os._exit(0)

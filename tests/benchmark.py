@@ -3,6 +3,7 @@
     Input path   images a second on one core, two views an image, against the PIL path of the released codes: 500x375
                  JPEG files to 224 pixels, and a set in memory at 32 pixels. "workers" is what a worker does (decode,
                  crop, flip); colour follows on the training device, here the same core.
+    Folder       time and memory of opening a folder of 200,000 tiny files, for training and again for --knn-every.
     Step         a whole DisCo step (losses, queue, moving average, optimiser) over the forward and backward passes that
                  it cannot do without.
     SEED         time and memory of its loss and gradients at 256 images and a queue of 65536, against the released way
@@ -27,6 +28,7 @@ import sys
 import tempfile
 import time
 from functools import partial
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +111,46 @@ def input_path(name, dataset, size, pil_images):
         one, other, ratio = pairs(ours, released)
         rates = f"{len(dataset) / one:8.0f} images/s   PIL path {len(dataset) / other:6.0f} images/s"
         print(f"{name:24} {what:20} {rates}   {1 / ratio:5.1f} times as fast")
+
+
+def open_folder(rank, processes, folder, results):
+    """Open a folder for training and again for k-NN; seconds, MiB that this process alone holds, MiB for a worker."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes))
+    store = f"file://{folder}/store{processes}"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=processes)
+    peak, before, start = peak_memory(), private_memory(), time.perf_counter()
+    opened = [common.FolderDataset(folder / "train") for _ in range(2)]
+    seconds, memory = time.perf_counter() - start, private_memory() - before
+    torch.distributed.barrier()
+    peak = peak_memory() - peak
+    pickled = len(ForkingPickler.dumps(opened[0])) / 2**20
+    results.put((seconds, memory, peak, pickled))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def private_memory():
+    """MiB that this process shares with no other (Linux)."""
+    lines = Path("/proc/self/smaps_rollup").read_text()
+    return sum(map(int, re.findall(r"Private_\w+:\s*(\d+) kB", lines))) / 2**10
+
+
+def listing(count=200_000, classes=200):
+    """Print time and memory of opening a folder of tiny files, on one process and on four."""
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(classes):
+            root = Path(folder) / "train" / f"n{i:08}"
+            root.mkdir(parents=True)
+            for n in range(count // classes):
+                (root / f"n{i:08}_{n}.JPEG").touch()
+        common.torchvision.datasets.ImageFolder(f"{folder}/train")  # the system remembers the folder from here on
+        for processes in (1, 4):
+            results = torch.multiprocessing.get_context("spawn").SimpleQueue()
+            torch.multiprocessing.spawn(open_folder, (processes, Path(folder), results), processes)
+            seconds, memory, peak, pickled = zip(*(results.get() for _ in range(processes)), strict=True)
+            print(f"a folder of {count} files, opened twice, {processes} processes: {max(seconds):.1f} s, "
+                  f"{min(memory):.1f} to {max(memory):.1f} MiB a process (at its peak {min(peak):.0f} to "
+                  f"{max(peak):.0f}), {max(pickled):.2f} MiB sent to a spawned worker")  # fmt: skip
 
 
 def step(arch, size, batch_size, queue_size):
@@ -392,6 +434,7 @@ def main():
     drawn, _ = common.load_dataset("shapes:512", None, "train", CPU)
     arrays = [image.permute(1, 2, 0).numpy() for image in drawn.images]
     input_path("in memory, 32 pixels", drawn, 32, lambda: map(Image.fromarray, arrays))
+    listing()
     step("efficientnet_b0", 224, 16, 65536)
     step("resnet8", 32, 128, 4096)
     probe_rates()
