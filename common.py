@@ -29,14 +29,14 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
-import uuid
 import zipfile
 from collections import namedtuple
+from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
 
@@ -56,159 +56,145 @@ from tqdm import tqdm
 
 
 class UserError(Exception):
-    """What the user can mend, told in one line that names the thing and the way out."""
+    """A mistake that the user can correct; the message is one line that names it and the way out."""
 
 
 class Stopped(BaseException):
-    """The run was told to stop, and all that it did is saved."""
+    """A signal stopped the run, and everything is saved."""
 
 
 def rank():
-    """Number of this process, from 0."""
-    return env_int("RANK", 0)
+    """Number of this process, from 0; 0 without torchrun."""
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size():
     """Number of processes that train together; 1 without torchrun."""
-    return env_int("WORLD_SIZE", 1)
-
-
-def env_int(name, default):
-    """A number from torchrun's environment; raises UserError where it is none."""
-    text = os.environ.get(name, str(default))
-    if not text.isdecimal():
-        raise UserError(f"the environment variable {name} is {text!r}, not a number: start with torchrun, or unset it")
-    return int(text)
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def run_script(main):
-    """Join torchrun's processes, call `main()` and end all of them alike, whatever happens to one.
+    """Call `main()`; if one process fails, all exit and the cause is printed once.
 
-    Exit code 2 and one line for a `UserError`, 143 for a run that was told to stop, 130 for Ctrl-C. The first process
-    that fails tells why; what the others meet then, lost connections above all, is not told.
+    Exit status: 2 and one line for a `UserError`, 143 for a run that a signal stopped, 130 for Ctrl-C, else 1.
     """
-    store = None
     try:
-        store = join_processes()
         main()
-        if store:
+        if dist.is_initialized():
             dist.destroy_process_group()
         return
     except (Exception, Stopped, KeyboardInterrupt) as error:
-        if store is None and not isinstance(error, (UserError, Stopped, KeyboardInterrupt)):
-            raise
-        code, message = exit_status(error, store)
-    if message and first_to_fail(store):
-        tqdm.write(message, file=sys.stderr)
-    if store is None:
-        sys.exit(code)
+        if dist.is_initialized():
+            for number in (signal.SIGINT, *STOP_SIGNALS):  # torchrun now sends them to all processes
+                signal.signal(number, signal.SIG_IGN)
+        status, message = exit_status(error)
+        if message and first_to_fail(error):
+            # On a line of its own, after rank 0's progress bar
+            tqdm.write("\n" * (rank() > 0) + message, file=sys.stderr)
     sys.stdout.flush(), sys.stderr.flush()
+    if not dist.is_initialized():
+        sys.exit(status)
     if rank() == 0:
-        time.sleep(1)  # it may keep the store, which the others are about to ask
-    os._exit(code)  # an ordinary exit waits for collectives whose other side is gone
+        time.sleep(1)  # the other processes may still ask the store, if rank 0 hosts it
+    os._exit(status)  # a normal exit waits for collectives with processes that are gone
 
 
-def exit_status(error, store):
-    """Exit code and message of a process that ends by `error`; no message where another process tells better."""
-    script, line_end = Path(sys.argv[0]).name, ""
-    if store:
-        for number in (signal.SIGINT, *STOP_SIGNALS):  # torchrun sends them now to all that are left
-            signal.signal(number, signal.SIG_IGN)
-        line_end = "\n" if rank() else ""  # of a progress bar, which is rank 0's
+def exit_status(error):
+    """Exit status and message of a process that ends by `error`."""
+    script = Path(sys.argv[0]).name
     if isinstance(error, UserError):
-        return 2, f"{line_end}{script}: error: {error}"
+        return 2, f"{script}: error: {error}"
     if isinstance(error, Stopped):
-        return 143, f"{line_end}{script}: {error}"
+        return 143, f"{script}: {error}"
     if isinstance(error, KeyboardInterrupt):
-        return 130, f"{line_end}interrupted; the same command goes on from the last checkpoint"
-    if not isinstance(error, dist.DistError) and "gloo" not in str(error):
-        return 1, line_end + "".join(traceback.format_exception(error))
-    reason = str(error).partition(". ")[0].partition("\n")[0]  # what failed is another process
-    return 1, "" if rank() else f"{script}: lost contact with a process, which ended without a word ({reason})"
+        return 130, "interrupted; the same command continues from the last checkpoint"
+    gone = re.search(r"Connection (closed|reset) by \w*\s?peer|Broken pipe|ncclRemoteError", str(error))
+    if isinstance(error, RuntimeError) and gone:  # of gloo or NCCL; any other reason of theirs is printed whole
+        lost = f"{script}: lost contact with another process, which ended without a message ({gone[0]})"
+        return 1, lost if rank() == 0 else ""
+    return 1, "".join(traceback.format_exception(error))
 
 
-def join_processes():
-    """Join torchrun's processes: NCCL for CUDA tensors, gloo for others. Returns their store; None without torchrun."""
-    absent = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if {"RANK", "WORLD_SIZE"} <= set(absent):
-        return None
-    if absent:
-        raise UserError(f"the environment variable {absent[0]} is missing: start with torchrun, or unset RANK and "
-                        "WORLD_SIZE")  # fmt: skip
-    if rank() >= world_size():
-        raise UserError(f"the environment variable RANK is {rank()}, not below WORLD_SIZE, {world_size()}: start with "
-                        "torchrun")  # fmt: skip
-    address = f"{os.environ['MASTER_ADDR']}:{env_int('MASTER_PORT', 0)}"
-    try:
-        store = fresh_store(next(dist.rendezvous("env://"))[0])
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size())
-    except (dist.DistError, ValueError) as error:
-        raise UserError(f"cannot meet the other processes at MASTER_ADDR:MASTER_PORT, {address} "
-                        f"({str(error).splitlines()[0]})") from None  # fmt: skip
-    return store
+def first_to_fail(error):
+    """Whether this process is the one that prints the cause.
 
-
-def fresh_store(store):
-    """The store under a name that the processes of this start share with none of an earlier one.
-
-    torchrun's store outlives a restart, and what crashed processes left in it would be taken for their successors'
-    (pytorch issue 135712). So rank 0 puts up a new name, each process answers with a new number of its own, and those
-    whose number comes back know that the name is not an old one.
+    Before the processes are connected, all of a machine meet the same mistake of the user.
     """
-    own = uuid.uuid4().hex
-    if rank() == 0:
-        store.set("name", own)
-        for other in range(1, world_size()):
-            answer = store.get(f"{own}/{other}").decode()
-            store.set(f"{own}/{answer}", "")
-        return dist.PrefixStore(f"{own}/met", store)
-    while True:
-        name = store.get("name").decode()
-        store.set(f"{name}/{rank()}", own)
-        try:
-            store.wait([f"{name}/{own}"], timedelta(seconds=0.5))
-            return dist.PrefixStore(f"{name}/met", store)
-        except dist.DistStoreError:  # an old name, or rank 0 is not that far
-            continue
-
-
-def first_to_fail(store):
-    """Whether no other of the processes has failed before this one."""
-    if store is None:  # they have not met
-        return True
+    if not dist.is_initialized():
+        return not isinstance(error, UserError) or os.environ.get("LOCAL_RANK", "0") == "0"
     try:
-        return store.add("failures", 1) == 1
-    except dist.DistError:  # gone with rank 0, which has told, or was killed, and then torchrun tells
+        return dist.distributed_c10d._get_default_store().add("failures", 1) == 1
+    except dist.DistError:  # the store is gone, with the process that failed first
         return False
 
 
 def init_device(seed):
-    """Seed the networks' initialisation and return this process's device.
+    """Connect torchrun's processes, seed torch and return this process's device.
 
-    All processes take the same seed, so they build the same networks and queue without exchanging them.
+    All processes take the same seed, so that they build the same networks and queue without exchanging them.
+    Raises UserError where a machine has fewer GPUs than processes, and where the processes cannot connect.
     """
     torch.manual_seed(seed)
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    device = torch.device("cuda", env_int("LOCAL_RANK", 0))
-    if device.index >= torch.cuda.device_count():
-        raise UserError(f"{device.index + 1} processes on {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
-    torch.cuda.set_device(device)
-    torch.backends.cudnn.benchmark = True
+    device, options = torch.device("cpu"), {"backend": "gloo"}
+    if torch.cuda.is_available():
+        processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        if processes > gpus:
+            raise UserError(f"{processes} processes on {gpus} GPUs: lower --nproc_per_node")
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)  # before the process group, whose communicator binds to it
+        torch.backends.cudnn.benchmark = True
+        options = {"backend": "cpu:gloo,cuda:nccl", "device_id": device}
+    if "RANK" in os.environ and not dist.is_initialized():
+        try:
+            # If torchrun's agent hosts the store, a restart finds there the addresses of processes that are gone
+            shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+            attempt = os.environ["TORCHELASTIC_RESTART_COUNT"] if shared else "0"
+            store, number, count = next(dist.rendezvous("env://"))
+            store = dist.PrefixStore(f"attempt {attempt}", store)
+            dist.init_process_group(store=store, rank=number, world_size=count, **options)
+        except (ValueError, dist.DistNetworkError) as error:
+            error = str(error).splitlines()[0]
+            raise UserError(f"cannot connect the processes ({error}): start with torchrun") from None
     return device
 
 
-def distribute(model):
-    """The model under DistributedDataParallel, where several processes train it.
+def sgd(params, lr, weight_decay):
+    """Fused SGD with momentum 0.9; params as in torch.optim.
 
-    Each process keeps BatchNorm statistics of its own share; rank 0's are the ones that are saved and judged.
+    Its momentum buffers start at zero, which changes no step. Without them, fused SGD allocates them in the first step
+    and leaves them uninitialized if GradScaler skips that step.
+    """
+    optimizer = torch.optim.SGD(params, lr, momentum=0.9, weight_decay=weight_decay, fused=True)
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            optimizer.state[param]["momentum_buffer"] = torch.zeros_like(param)
+    return optimizer
+
+
+def set_lr(optimizer, lr):
+    """Set the learning rate of all parameters."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def distribute(model):
+    """The model in DistributedDataParallel if several processes train it.
+
+    Each process keeps the BatchNorm statistics of its share of the batch; rank 0's are saved and evaluated.
     """
     if world_size() == 1:
         return model
     known = inspect.signature(DistributedDataParallel).parameters  # renamed in torch 2.14
     option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     return DistributedDataParallel(model, **{option: False})
+
+
+def broadcast(value):
+    """Rank 0's value, any Python object, on every process."""
+    values = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 def gather(x):
@@ -227,19 +213,11 @@ def all_reduce(x):
     return x
 
 
-def broadcast(value):
-    """Rank 0's value, a plain Python object, on every process."""
-    values = [value]
-    if world_size() > 1:
-        dist.broadcast_object_list(values)
-    return values[0]
-
-
 def gather_with_gradient(x):
-    """As `gather`, where a loss over the global batch needs gradients.
+    """As `gather`, for a loss over the global batch that needs gradients.
 
-    Every process computes the same loss, and the gradient flows into its own rows alone, times the number of
-    processes, so that DistributedDataParallel's mean over the processes is the gradient of that loss.
+    Every process computes the same loss, and the gradient flows into its own rows only, times the number of processes:
+    DistributedDataParallel's mean over the processes is then the gradient of that loss.
     """
     if world_size() == 1:
         return x
@@ -251,11 +229,11 @@ def gather_with_gradient(x):
 
 
 def shuffle(x):
-    """Deal the global batch out over the processes like cards, for shuffled BatchNorm (MoCo, section 3.3).
+    """This process's rows of the global batch interleaved across processes, for shuffled BatchNorm (MoCo, section 3.3).
 
-    The key encoder then normalises each image among other companions than the query encoder did, so that batch
-    statistics cannot give the positive pair away. The batch is in random order already: dealing needs no random
-    numbers, hence nothing to restore on resume. x: (N, ...) of this process; returns (N, ...).
+    The key encoder then normalizes each image among other images than the query encoder did, so that batch statistics
+    do not reveal the positive pair. The batch is in random order already, so interleaving needs no random numbers, and
+    a resume restores none. x: (N, ...) of this process; returns (N, ...).
     """
     return gather(x)[rank() :: world_size()] if world_size() > 1 else x
 
@@ -293,7 +271,7 @@ def number(kind, low, high=math.inf, *, open_below=False):
                                              + f" and at most {high}" * (high < math.inf))  # fmt: skip
         return value
 
-    parse.__name__ = kind.__name__  # argparse names it where the text is no number
+    parse.__name__ = kind.__name__  # argparse prints it if the text is no number
     return parse
 
 
@@ -317,7 +295,9 @@ def common_parser(script, docstring, *, epochs, batch_size, lr, weight_decay):
     if lr is not None:
         add("--lr", type=positive_float, default=lr, help="learning rate (default %(default)s, for the default batch)")
     add("--seed", type=number(int, 0), default=0, help="of weights, order and augmentation (default %(default)s)")
-    add("--workers", type=number(int, 0), default=8, help="decoding processes a GPU, for folders (default %(default)s)")
+    workers = min(8, max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    add("--workers", type=number(int, 0), default=workers, help="decoding processes a GPU, for folders (default "
+        "%(default)s: 8, but no more than this machine's cores)")  # fmt: skip
     add("--out", default=f"runs/{script}", help="the run's folder (default %(default)s)")
     add("--checkpoint-minutes", type=positive_float, default=10.0, help="save so often, besides at an epoch's end and "
         "when told to stop (default %(default)s)")  # fmt: skip
@@ -332,18 +312,18 @@ def common_parser(script, docstring, *, epochs, batch_size, lr, weight_decay):
 # ----------------------------------------------------------------------------------------------------------------- Data
 
 SMALL_SETS = ("cifar10", "cifar100", "stl10", "fashion_mnist")
-# Mean and deviation of red, green and blue pixels, as released networks expect them.
+# Mean and standard deviation of red, green and blue, as released networks expect them.
 IMAGENET_MEAN_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR_MEAN_STD = (0.5071, 0.4866, 0.4409), (0.2675, 0.2565, 0.2761)
-# A batch to make: which images, how, with which random numbers, and the seeds that pick others for unreadable ones.
-# For evaluation the last two are None.
-BatchRequest = namedtuple("BatchRequest", "indices views random_params seeds")
+# The key of both data sets: indices of n images, views to make of each, random numbers (views, n, CROP_PARAMS), and
+# (seed, epoch), which choose replacements of unreadable images. Evaluation passes None for the last two.
+BatchRequest = namedtuple("BatchRequest", "indices views random_params seeds", defaults=(None, None))
 
 
 class ArrayDataset:
-    """A small set as one uint8 tensor (N, 3, H, W) on the training device: a batch is cropped there in one go.
+    """A small set as one uint8 tensor (N, 3, H, W) on the training device, which crops a whole batch at once.
 
-    mean_std: mean and deviation of the pixels, by which `normalize` goes.
+    mean_std: mean and standard deviation of the channels, for `normalize` (default: ImageNet's).
     """
 
     in_memory = True
@@ -358,111 +338,139 @@ class ArrayDataset:
         return len(self.images)
 
     def __getitem__(self, request):
-        """Views of a `BatchRequest`, a list of float tensors (n, 3, size, size) in [0, 1], and labels (n,)."""
-        indices = torch.from_numpy(request.indices).to(self.images.device)
+        """Views of a `BatchRequest`, a list of float tensors (n, 3, size, size) in [0, 1], labels (n,) and {}."""
+        indices = torch.from_numpy(request.indices).to(self.images.device, non_blocking=True)
         images = self.images[indices].float().div_(255)
         height, width = images.shape[2:]
-        out = []
+        views = []
         for i, view in enumerate(request.views):
-            boxes = np.tile([0, 0, height, width], (len(images), 1))
-            flips = np.zeros(len(images), dtype=bool) if view.scale is None else flip_coins(request.random_params[i])
-            if view.scale and not view.padding:
-                boxes = crop_boxes(request.random_params[i], height, width, view.scale)
-            elif height == width == view.size:
-                out.append(mirror(images, flips))
-                continue
-            out.append(crop_and_resize(images, boxes, flips, view.size))
-        return out, self.labels[indices], {}
+            if request.random_params is None:  # evaluation: the whole image, not flipped
+                random_params, scale = np.ones((len(images), CROP_PARAMS)), None
+            else:
+                random_params, scale = request.random_params[i], view.scale
+            boxes = crop_boxes(random_params, height, width, scale)
+            views.append(crop_and_resize(images, boxes, flip_coins(random_params), view.size))
+        return views, self.labels[indices], {}
 
 
 class FolderDataset:
-    """Image files in ImageNet's layout, ROOT/CLASS/*.jpg: decoded and cropped in workers, as uint8 all the way."""
+    """Image files in ImageNet's layout, ROOT/CLASS/*.jpg, which workers decode and crop as uint8 tensors."""
 
     in_memory = False
     mean_std = IMAGENET_MEAN_STD
-    unreadable = {}  # noqa: RUF012  path: reason, of all folders that this process, or another that told it, has read
-    tries = 10  # images that may be unreadable one after the other
+    unreadable = {}  # noqa: RUF012  {path: reason}, of all instances
+    tries = 10  # how many unreadable images in a row end the run
 
     def __init__(self, root):
-        try:
-            found = torchvision.datasets.ImageFolder(root)
-        except OSError as error:
-            raise UserError(f"{root}: {str(error).splitlines()[0]}") from None
-        # One array of bytes: a list of 1.3 million strings would be copied page by page into every worker.
-        self.paths = np.array([os.fsencode(path) for path, _ in found.samples])
-        self.labels = torch.tensor(found.targets)
-        self.classes = found.classes
-        self.num_classes = len(found.classes)
+        self.paths, self.labels, self.classes = list_folder(Path(root))
+        self.num_classes = len(self.classes)
 
     def __len__(self):
         return len(self.paths)
 
     def path(self, index):
         """Path of an image file, a string."""
-        return os.fsdecode(self.paths[index])
+        return os.fsdecode(self.paths[index].numpy().tobytes().rstrip(b"\0"))
 
     def __getitem__(self, request):
-        """Views of a `BatchRequest`, a list of uint8 tensors (n, 3, size, size), labels (n,), {path: reason}.
+        """Views of a `BatchRequest`, uint8 tensors (n, 3, size, size), labels (n,) and {unreadable path: reason}.
 
-        In an unreadable image's place stands another, which follows from seed, epoch and image; in evaluation a black
-        one, with label -1.
+        Another image, chosen by seed, epoch and index, replaces an unreadable one; in evaluation, a black image with
+        label -1. An error is returned and not raised, because a worker would raise it as a traceback.
         """
-        shape = (len(request.indices), 3)
-        out = [torch.zeros(*shape, view.size, view.size, dtype=torch.uint8) for view in request.views]
-        labels = torch.full((len(request.indices),), -1)
+        n = len(request.indices)
+        views = [torch.zeros(n, 3, view.size, view.size, dtype=torch.uint8) for view in request.views]
+        labels = torch.full((n,), -1)
         unreadable = {}
-        for n, index in enumerate(request.indices):
+        for row, index in enumerate(request.indices):
             index, image = self.read(index, request.seeds, unreadable)
-            if image is None and request.seeds is not None:
-                path, reason = unreadable.popitem()  # returned, not raised: out of a worker it would be a traceback
+            if image is None and request.seeds:
+                path, reason = unreadable.popitem()
                 return UserError(f"{self.tries} unreadable images, one after the other, the last {path} ({reason}): "
                                  "repair or remove them")  # fmt: skip
             if image is None:
                 continue
-            labels[n] = self.labels[index]
+            labels[row] = self.labels[index]
             for i, view in enumerate(request.views):
-                random_params = None if view.scale is None else request.random_params[i, n : n + 1]
-                out[i][n] = crop_image(image, view, random_params)
-        return out, labels, unreadable
+                random_params = request.random_params[i, row : row + 1] if request.seeds else None
+                views[i][row] = crop_image(image, view, random_params)
+        return views, labels, unreadable
 
     def read(self, index, seeds, unreadable):
-        """Number and pixels (3, H, W) of an image or of the first readable one in its place; pixels None if none is."""
+        """Index and pixels of an image, or of the first readable replacement; pixels are None if there is none."""
         for attempt in range(self.tries if seeds else 1):
             path = self.path(index)
             try:
                 return index, read_image(path)
-            except Exception as error:  # decoders of broken files raise all kinds
+            except Exception as error:  # decoders raise many types for broken files
                 unreadable[path] = (str(error).splitlines() or [type(error).__name__])[0]
             if seeds:
                 index = np.random.default_rng([*seeds, index, attempt]).integers(len(self))
         return index, None
 
 
-def read_image(path):
-    """Decode any image file to uint8 RGB (3, H, W): grey, palette, CMYK and transparent ones too."""
+@cache
+def list_folder(root):
+    """Paths, labels and class names of the images in ROOT/CLASS/, in the order of torchvision's ImageFolder.
+
+    Paths are rows of bytes, a uint8 tensor (N, longest) filled up with zeros. One process of each machine lists the
+    folder into a temporary file; all of them and their workers map that file, so its memory is used once.
+    """
+    local_rank, listing = int(os.environ.get("LOCAL_RANK", 0)), None
     try:
-        return TF.to_dtype(torchvision.io.decode_image(path, mode="RGB"), torch.uint8, scale=True)  # from 16 bits, too
-    except (RuntimeError, AttributeError):  # another format, a broken file, or a torchvision that decodes no more
+        if local_rank == 0:
+            found = torchvision.datasets.ImageFolder(root)
+            paths = np.array([os.fsencode(path) for path, _ in found.samples])
+            file = tempfile.NamedTemporaryFile()
+            file.write(paths)
+            file.flush()
+            listing = file.name, np.bincount(found.targets), found.classes
+    except OSError as error:
+        raise UserError(f"cannot list {root} ({str(error).splitlines()[0]})") from None
+    if world_size() > 1:
+        listings = [None] * world_size()
+        dist.all_gather_object(listings, listing)
+        listing = listings[rank() - local_rank]
+    name, counts, classes = listing
+    with open(name, "r+b") as shared:  # torch sends such a storage to spawned workers as a file descriptor
+        storage = torch.UntypedStorage._new_shared_fd_cpu(shared.fileno(), os.stat(name).st_size)
+    gather(torch.zeros(1))  # all have opened the file before it loses its name
+    labels = torch.arange(len(classes)).repeat_interleave(torch.from_numpy(counts))
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(len(labels), -1), labels, classes
+
+
+def read_image(path):
+    """Decode any image file to uint8 RGB (3, H, W); transparent pixels become white, an animation its first frame."""
+    try:
+        return torchvision.io.decode_jpeg(torchvision.io.read_file(path), mode="RGB")
+    except (RuntimeError, AttributeError):  # another format, a broken file, or a torchvision without decoders
         with Image.open(path) as image:
+            if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
+                levels = np.asarray(image)
+                grey = np.rint(levels / 257).astype(np.uint8)
+                grey[levels == image.info.get("transparency")] = 255
+                return torch.from_numpy(grey).expand(3, -1, -1)
+            if image.has_transparency_data:
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image.convert("RGBA"))
             return TF.pil_to_tensor(image.convert("RGB"))
 
 
 def crop_image(image, view, random_params):
-    """One view of one uint8 image (3, H, W), by torchvision: random crop and flip, or the centre crop of evaluation."""
-    height, width = image.shape[1:]
+    """One view of a uint8 image (3, H, W): random crop and flip, or where random_params is None, the centre crop."""
     if random_params is None:  # shorter side to 256 where the crop is 224, the protocol of every paper here
         resized = TF.resize(image, [round(view.size * 256 / 224)], antialias=True)
         return TF.center_crop(resized, [view.size, view.size])
-    ((top, left, box_height, box_width),) = crop_boxes(random_params, height, width, view.scale).tolist()
-    crop = TF.resized_crop(image, top, left, box_height, box_width, [view.size, view.size], antialias=True)
+    (box,) = crop_boxes(random_params, *image.shape[1:], view.scale).tolist()
+    crop = TF.resized_crop(image, *box, [view.size, view.size], antialias=True)
     return TF.horizontal_flip(crop) if flip_coins(random_params).item() else crop
 
 
 def load_dataset(data, data_root, split, device, image_size=None):
     """Open one split of a data set and return (dataset, image size in pixels).
 
-    data: a folder, a name of `SMALL_SETS`, "shapes" or "shapes:COUNT"; None stands for data/imagenet.
-    split: "pretrain" (all images that a method may see without labels), "train" or "val".
+    data: a folder, a name of `SMALL_SETS`, "shapes" or "shapes:COUNT"; None means data/imagenet.
+    split: "pretrain" (all images that a method may use without labels), "train" or "val".
     """
     data = data or "data/imagenet"
     if data.partition(":")[0] == "shapes":
@@ -492,7 +500,7 @@ def load_labelled(data, data_root, device, image_size=None):
 
 
 def subsample_per_class(dataset, fraction, seed):
-    """The part of a data set that holds `fraction` of each class's images, at least one, picked by the seed."""
+    """A data set of `fraction` of each class's images, at least one, chosen by the seed."""
     if fraction == 1:
         return dataset
     labels = dataset.labels.cpu().numpy()
@@ -503,17 +511,20 @@ def subsample_per_class(dataset, fraction, seed):
     return subset(dataset, np.sort(order[place < np.maximum(1, np.rint(fraction * counts)).repeat(counts)]))
 
 
-def subset(dataset, kept):
-    """A data set of the images with the numbers `kept`, an array."""
+def subset(dataset, indices):
+    """A data set of the images with these indices, an array."""
     part = copy.copy(dataset)
     for name in ("images", "paths", "labels"):
         if hasattr(dataset, name):
-            setattr(part, name, getattr(dataset, name)[kept])
+            setattr(part, name, getattr(dataset, name)[indices])
     return part
 
 
 def load_small_set(name, root, split):
-    """uint8 images (N, 3, H, W), labels (N,) and number of classes of one of torchvision's sets, fetched if missing."""
+    """Images (N, 3, H, W) as uint8, labels (N,) and number of classes of one of torchvision's sets, fetched if missing.
+
+    Rank 0 fetches it; where machines do not share `root`, one process of each other machine then does.
+    """
     train = split != "val"
     sets = torchvision.datasets
     opener, options, num_classes = {
@@ -522,15 +533,16 @@ def load_small_set(name, root, split):
         "fashion_mnist": (sets.FashionMNIST, {"train": train}, 10),
         "stl10": (sets.STL10, {"split": {"pretrain": "unlabeled", "train": "train", "val": "test"}[split]}, 10),
     }[name]
-    try:
-        if env_int("LOCAL_RANK", 0) == 0:  # one process of a machine fetches, the others wait for it
-            opener(root, download=True, **options)
-    except (OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{name} is not in {root} and could not be fetched ({reason}): pass --data-root") from None
-    if dist.is_initialized():
-        dist.barrier()
-    found = opener(root, **options)
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    turn = 0 if rank() == 0 else 1 if local_rank == 0 else 2
+    for now in range(3):
+        if turn == now:
+            try:
+                found = opener(root, download=local_rank == 0, **options)
+            except (OSError, RuntimeError) as error:
+                raise UserError(f"{name} is not in {root} and could not be fetched ({str(error).splitlines()[0]}): "
+                                "pass --data-root") from None  # fmt: skip
+        gather(torch.zeros(1))  # wait; on the CPU, since NCCL waits for ten minutes only
     images = torch.as_tensor(found.data)
     if images.ndim == 3:  # grey: three channels that share their memory
         images = images[:, None].expand(-1, 3, -1, -1)
@@ -563,9 +575,9 @@ TEXTURES = {  # a pattern over points (u, v), of period 2 pi; one ink where posi
 def draw_shapes(count, size, seed):
     """Draw the built-in set: uint8 images (count, 3, size, size) and labels (count,) in ten classes of equal size.
 
-    A class is a shape with a texture. Position, angle, scale, the texture's phase and period, background and noise vary
-    freely. Colours come from one palette and are only jittered: were they free, a contrastive loss would tell images
-    apart by colour and learn nothing else.
+    A class is a shape with a texture. Position, angle, scale, the texture's phase and period, background and noise
+    vary. Colours are one palette with small changes: with free colours, a contrastive loss would tell images apart by
+    colour and learn nothing else.
     """
     images = np.empty((count, 3, size, size), dtype=np.uint8)
     labels = np.arange(count) % (len(SHAPES) * len(TEXTURES))
@@ -601,35 +613,21 @@ def draw_shapes(count, size, seed):
 
 # --------------------------------------------------------------------------------------------------------- Augmentation
 #
-# Each function is torchvision's of the same name over a batch, with parameters of its own for every image. Which images
-# an operation touches is decided on the CPU, so nothing here waits for the device.
+# The operations are torchvision's over a batch, with a parameter for each image. The CPU decides which images an
+# operation changes, so nothing here waits for the device.
 
-CROP_PARAMS = 23  # random numbers that a crop and a flip take: ten tries of area and aspect, position, coin
-
-
-@dataclass(frozen=True)
-class View:
-    """How a view is made: crop of `scale` of the image's area, flip and, with `color`, MoCo v2's colour operations.
-
-    scale None stands for the centre crop of evaluation. With `padding`, CIFAR's augmentation: the whole image and flip,
-    then a crop of the same size at random after so many black pixels were put around. With `rotations` 4 an image
-    gives four in a row, turned counter-clockwise by 0, 90, 180 and 270 degrees: after the flip, which they share, and
-    before the crop from the padded image, which is drawn for each.
-    """
-
-    size: int
-    scale: tuple | None = (0.2, 1.0)
-    color: bool = True
-    padding: int = 0
-    rotations: int = 1
+CROP_PARAMS = 23  # random numbers for a crop and a flip: ten tries of area and aspect ratio, position, flip
 
 
 def crop_boxes(random_params, height, width, scale):
     """RandomResizedCrop's boxes in an image of height x width: (n, 4) integers top, left, height, width.
 
-    random_params: (n, CROP_PARAMS) in [0, 1). Ten tries of area and aspect ratio (3/4 to 4/3), the first that fits is
-    taken; where none does, the largest centre crop within the aspect ratios.
+    random_params: (n, CROP_PARAMS) in [0, 1). scale: range of a box's area, as a part of the image's; None gives whole
+    images. Of ten tries of area and aspect ratio (3/4 to 4/3), the first that fits; if none fits, the largest centre
+    crop of such a ratio.
     """
+    if scale is None:
+        return np.tile([0, 0, height, width], (len(random_params), 1))
     area = height * width * (scale[0] + (scale[1] - scale[0]) * random_params[:, :10])
     aspect = np.exp(np.log(4 / 3) * (2 * random_params[:, 10:20] - 1))
     heights, widths = np.rint(np.sqrt(area / aspect)), np.rint(np.sqrt(area * aspect))
@@ -644,21 +642,15 @@ def crop_boxes(random_params, height, width, scale):
 
 
 def flip_coins(random_params):
-    """Which images are mirrored, each with probability 1/2: (n, CROP_PARAMS) -> (n,) bool."""
+    """Which images to flip, each with probability 1/2: (n, CROP_PARAMS) -> (n,) bool."""
     return random_params[:, 22] < 0.5
 
 
-def mirror(images, flips):
-    """Flip the images (n, 3, H, W) for which flips, (n,) bool, say so."""
-    flips = torch.from_numpy(flips).to(images.device, non_blocking=True)
-    return torch.where(flips[:, None, None, None], images.flip(3), images)
-
-
 def crop_and_resize(images, boxes, flips, size):
-    """Crop, resize (bilinear, antialiased) and flip every image of a batch by its own box.
+    """Crop, resize (bilinear, antialiased) and flip each image of a batch by its own box: (n, 3, size, size).
 
-    Along each axis that is one linear map, so two batched matrix products do it. images: (n, 3, H, W) float;
-    boxes: (n, 4) top, left, height, width; flips: (n,) bool. Returns (n, 3, size, size).
+    This is a linear map along each axis, hence two batched matrix products. images: (n, 3, H, W) float;
+    boxes: (n, 4) top, left, height, width; flips: (n,) bool.
     """
     n, channels, height, width = images.shape
     boxes = torch.from_numpy(boxes).to(images.device, non_blocking=True)
@@ -681,28 +673,12 @@ def resize_weights(start, length, full, size):
     return weights / weights.sum(dim=2, keepdim=True)
 
 
-def rotate(images, count):
-    """Turn square images (n, 3, S, S) counter-clockwise by `count` multiples of 90 degrees: (count * n, 3, S, S).
-
-    Rows count * i to count * (i + 1) are image i.
-    """
-    return torch.stack([images.rot90(k, dims=(2, 3)) for k in range(count)], dim=1).flatten(0, 1)
-
-
-def pad_and_crop(images, offsets, padding):
-    """Crop images (n, 3, H, W) at their own offsets (n, 2), 0 to 2 * padding, from images padded with black."""
-    top, left = torch.from_numpy(offsets).to(images.device, non_blocking=True).unbind(dim=1)
-    height, width = images.shape[2:]
-    crops = F.pad(images, [padding] * 4).unfold(2, height, 1).unfold(3, width, 1)  # a view of all that there are
-    return crops[torch.arange(len(images), device=images.device), :, top, left]
-
-
 def draw_color(rng, n, size):
-    """MoCo v2's random colour parameters for n images, as a dict of arrays; rng: numpy.random.Generator.
+    """Random parameters of MoCo v2's colour operations for n images, a dict of arrays.
 
     Jitter (0.4, 0.4, 0.4, 0.1) with probability 0.8, its four operations in random order; grey with 0.2; blur of sigma
-    0.1 to 2 with 0.5. The papers' sigma is for 224 pixels and follows the image size here: at 32 pixels the same
-    numbers would wipe out what there is to see.
+    0.1 to 2 with 0.5. The paper's sigma is for 224 pixels and follows the image size here: at 32 pixels the same sigma
+    would remove most of the image's content.
     """
     return {
         "jitter": rng.random(n) < 0.8,
@@ -714,57 +690,53 @@ def draw_color(rng, n, size):
     }
 
 
-def augment_color(images, jitter, order, factors, grey, blur, sigma):
-    """Colour jitter, random grey and blur of floats (n, 3, H, W) in [0, 1], in place; parameters: `draw_color`."""
+def augment_color(images, rng):
+    """Colour jitter, random grey and blur of MoCo v2, in place. For images and rng, see `View`."""
+    drawn = draw_color(rng, len(images) * world_size(), images.shape[-1])
+    jitter, order, factors, grey, blur, sigma = map(local_share, drawn.values())
+    factors, sigma = (torch.from_numpy(x).to(images.device, images.dtype, non_blocking=True) for x in (factors, sigma))
 
     def apply(operation, mask, values):
-        rows = np.flatnonzero(mask)
-        if len(rows):
-            at = torch.from_numpy(rows).to(images.device, non_blocking=True)
-            values = torch.from_numpy(values[rows]).to(images.device, images.dtype, non_blocking=True)
-            images[at] = operation(images[at], values[:, None, None, None])
+        if mask.any():
+            rows = torch.from_numpy(np.flatnonzero(mask)).to(images.device, non_blocking=True)
+            images[rows] = operation(images[rows], values[rows].view(-1, 1, 1, 1))
 
     for position in range(4):
         for i, operation in enumerate((adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)):
             apply(operation, jitter & (order[:, position] == i), factors[:, i])
-    apply(lambda x, _: to_grey(x).expand_as(x), grey, sigma)
+    apply(lambda x, _: TF.rgb_to_grayscale(x, num_output_channels=3), grey, sigma)
     apply(gaussian_blur, blur, sigma)
     return images
 
 
-def to_grey(images):
-    """Luminance (n, 1, H, W)."""
-    return torch.einsum("nchw,c->nhw", images, images.new_tensor([0.2989, 0.587, 0.114]))[:, None]
-
-
 def adjust_brightness(images, factor):
-    """Blend with black. factor: (n, 1, 1, 1), here and below."""
+    """Blend images (n, 3, H, W) with black by factors (n, 1, 1, 1)."""
     return (images * factor).clamp_(0, 1)
 
 
 def adjust_contrast(images, factor):
     """Blend with the image's mean grey."""
-    return to_grey(images).mean(dim=(2, 3), keepdim=True).lerp(images, factor).clamp_(0, 1)
+    return TF.rgb_to_grayscale(images).mean(dim=(2, 3), keepdim=True).lerp(images, factor).clamp_(0, 1)
 
 
 def adjust_saturation(images, factor):
     """Blend with the grey image."""
-    return to_grey(images).lerp(images, factor).clamp_(0, 1)
+    return TF.rgb_to_grayscale(images).lerp(images, factor).clamp_(0, 1)
 
 
 def adjust_hue(images, shift):
-    """Turn the hue by `shift`, in turns (-0.5 to 0.5), through HSV."""
+    """Shift the hue by a part of the colour circle, -0.5 to 0.5, in HSV."""
     value, brightest = images.max(dim=1, keepdim=True)
     chroma = value - images.amin(dim=1, keepdim=True)
     red, green, blue = images.split(1, dim=1)
     sixth = torch.where(brightest == 0, green - blue, torch.where(brightest == 1, blue - red, red - green))
-    sixth = sixth / chroma.clamp(min=1e-8) + 2 * brightest + 6 * shift  # hue in sixths of a turn
-    k = (sixth + images.new_tensor([5.0, 3.0, 1.0]).view(1, 3, 1, 1)).remainder(6)
+    sixth = sixth / chroma.clamp(min=1e-8) + 2 * brightest + 6 * shift  # hue in sixths of the circle
+    k = (sixth + torch.arange(5, 0, -2, device=images.device).view(1, 3, 1, 1)).remainder(6)
     return value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)
 
 
 def gaussian_blur(images, sigma):
-    """Blur every image with a Gaussian of its own sigma, (n, 1, 1, 1) in pixels, cut off at three of the largest."""
+    """Blur each image by its own sigma (n, 1, 1, 1) in pixels; the kernel reaches to three times the largest sigma."""
     n, channels, height, width = images.shape
     radius = max(1, math.ceil(3 * 2.0 * max(height, width) / 224))
     offsets = torch.arange(-radius, radius + 1, device=images.device, dtype=images.dtype)
@@ -775,20 +747,42 @@ def gaussian_blur(images, sigma):
     return images.view(n, channels, height, width)
 
 
+@dataclass(frozen=True)
+class View:
+    """How to make a view of an image: crop, resize to `size` pixels, flip with probability 1/2, then `augment`.
+
+    scale: range of the crop's area, as a part of the image's; None takes the whole image.
+    augment: None, or a function (images, rng) that returns images: a batch of floats (n, 3, size, size) in [0, 1] on
+    the device, n a process. All processes have the same rng, a numpy.random.Generator: the function draws for the
+    global batch, n * world_size() images, and takes its `local_share`. It may return several rows an image.
+    """
+
+    size: int
+    scale: tuple | None = (0.2, 1.0)
+    augment: Callable | None = augment_color
+
+
 def normalize(images, mean_std):
-    """Float images (n, 3, H, W) in [0, 1] to zero mean and unit deviation, by a data set's statistics."""
-    return TF.normalize(images, *mean_std)
+    """Subtract each channel's mean from float images (n, 3, H, W) and divide by its standard deviation, in place."""
+    mean, std = constant(mean_std, images.device)[..., None, None]
+    return images.sub_(mean).div_(std)
+
+
+@cache
+def constant(values, device):
+    """A tensor of these numbers, copied to the device once, because each such copy waits for the device."""
+    return torch.tensor(values, device=device)
 
 
 # -------------------------------------------------------------------------------------------------------------- Loading
 
 
 class Loader:
-    """Batches of random views, the same images for any number of processes and workers.
+    """Batches of random views: the same images for any number of processes and workers.
 
-    All randomness of a batch follows from (seed, epoch, step) and is drawn here for the global batch, of which each
-    process takes its share: nothing depends on which worker or process makes an image, and a resumed run needs no
-    random state. One epoch is len(self) steps; what is left over at its end is seen in another epoch.
+    All random numbers of a batch follow from (seed, epoch, step). They are drawn here for the global batch, and each
+    process takes its share: they do not depend on who makes an image, and a resumed run needs no random state. An epoch
+    is len(self) steps; the images that do not fill a last batch are left out, others in each epoch.
     """
 
     def __init__(self, dataset, views, batch_size, seed, workers, device):
@@ -804,42 +798,34 @@ class Loader:
         return len(self.dataset) // self.batch_size
 
     def __iter__(self):
-        """Jobs of this process from `self.step` to `self.stop`, all in one epoch."""
+        """A `BatchRequest` of this process for each step from `self.step` to `self.stop`, all in one epoch."""
         epoch = self.step // len(self)
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset))
         for step in range(self.step, self.stop):
             first = step % len(self) * self.batch_size
             rng = np.random.default_rng([self.seed, epoch, step, 0])
             random_params = rng.random((self.batch_size, len(self.views), CROP_PARAMS))
-            indices = order[first : first + self.batch_size]
-            yield BatchRequest(
-                local_share(indices), self.views, local_share(random_params).swapaxes(0, 1), (self.seed, epoch)
-            )
+            indices = local_share(order[first : first + self.batch_size])
+            yield BatchRequest(indices, self.views, local_share(random_params).swapaxes(0, 1), (self.seed, epoch))
 
     def batches(self, step, stop):
-        """From the run's step number `step` to the end of its epoch, or to `stop` if that comes first.
+        """Batches from the run's step `step` to the end of its epoch, or to step `stop` if that comes first.
 
-        Yields (views, labels): a list of normalised float tensors (n, 3, size, size) on the device, n images a
-        process (n * rotations rows where a view has them), and labels (n,).
+        Yields (views, labels): a list of normalised float tensors (n, 3, size, size) on the device and labels (n,), n
+        images a process.
         """
         epoch = step // len(self)
         self.step, self.stop = step, min(stop, (epoch + 1) * len(self))
         for offset, (views, labels) in enumerate(to_device(self.loader, self.device)):
             rng = np.random.default_rng([self.seed, epoch, step + offset, 1])
             for i, view in enumerate(self.views):
-                if view.color:
-                    parameters = draw_color(rng, self.batch_size, view.size)
-                    augment_color(views[i], **{name: local_share(values) for name, values in parameters.items()})
-                if view.rotations > 1:
-                    views[i] = rotate(views[i], view.rotations)
-                if view.padding:
-                    offsets = rng.integers(0, 2 * view.padding + 1, (self.batch_size * view.rotations, 2))
-                    views[i] = pad_and_crop(views[i], local_share(offsets), view.padding)
+                if view.augment:
+                    views[i] = view.augment(views[i], rng)
             yield [normalize(images, self.dataset.mean_std) for images in views], labels
 
 
 def make_dataloader(dataset, requests, workers, device):
-    """DataLoader that makes one whole batch a job: in workers for files, in this process for a set in memory."""
+    """DataLoader over `BatchRequest`s: workers make whole batches of files, this process those of a set in memory."""
     workers = 0 if dataset.in_memory else workers
     return DataLoader(
         dataset,
@@ -853,32 +839,28 @@ def make_dataloader(dataset, requests, workers, device):
 
 
 def worker_init(worker):
-    """Leave signals that all processes of a job get to the main one: it needs its workers until it has saved.
+    """Make a worker ignore the signals that all processes of a job get: the run needs it until all is saved.
 
-    When it ends then, a worker that was about to hand it a batch says nothing.
+    A worker obeys SIGTERM of the main process alone.
     """
-
-    def tell_error(kind, *error):
-        if not issubclass(kind, (ConnectionError, EOFError)):
-            sys.__excepthook__(kind, *error)
-
-    sys.excepthook = tell_error
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    if not hasattr(signal, "sigwaitinfo"):  # macOS
-        return
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    # Of the thread that hands over batches; it fails when the main process ends first
+    sys.excepthook = lambda *error: None
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=exit_with_parent, daemon=True).start()
 
-    def obey_the_main_process():
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-            continue
-        os._exit(0)
 
-    threading.Thread(target=obey_the_main_process, daemon=True).start()
+def exit_with_parent():
+    """End this process when its parent sends SIGTERM."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        continue
+    os._exit(0)
 
 
 def to_device(loader, device):
-    """Batches of a `make_dataloader` on the device, views as floats in [0, 1]; unreadable images are put down."""
+    """Batches of `make_dataloader` on the device, views as floats in [0, 1]; records unreadable images."""
     for batch in loader:
         if isinstance(batch, UserError):
             raise batch
@@ -1564,9 +1546,9 @@ def extract_features(encoder, dataset, image_size, batch_size, workers, device):
             dist.broadcast(buffer, 0)
     share = -(-len(dataset) // world_size())
     numbers = np.arange(len(dataset))[rank() * share :][:share]
-    views = [View(image_size, scale=None, color=False)]
+    views = [View(image_size)]
     starts = range(0, len(numbers), batch_size)
-    requests = [BatchRequest(numbers[i : i + batch_size], views, None, None) for i in starts]
+    requests = [BatchRequest(numbers[i : i + batch_size], views) for i in starts]
     features = torch.zeros(share, encoder.backbone.feature_dim, device=device)
     labels = torch.full((share,), -1, device=device)
     training = encoder.training
@@ -1652,89 +1634,73 @@ class KnnProbe:
 
 # ----------------------------------------------------------------------------------------------------------------- Runs
 
-LOG_EVERY = 50  # steps: reading a loss waits for the device, so it is not done at each
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what Slurm and spot machines send before they take a machine away
+LOG_EVERY = 50  # steps; reading a loss waits for the device
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # Slurm and spot machines send them before they take a machine away
+# Arguments that may differ when a run continues
 FREE_ARGUMENTS = {"out", "data_root", "workers", "max_steps", "knn_every", "checkpoint_minutes", "max_bad_images",
-                  "tensorboard"}  # may differ when a run goes on  # fmt: skip
+                  "tensorboard"}  # fmt: skip
 
 
 @contextlib.contextmanager
 def writing(path):
-    """Turn what goes wrong while `path` is written, a full disk or a lost permission, into a UserError."""
+    """Turn an error while `path` is written, as a full disk or a missing permission, into a UserError."""
     try:
         yield
     except (OSError, RuntimeError) as error:
-        error = error if isinstance(error, OSError) else error.__context__ or error  # torch.save hides what happened
+        error = error if isinstance(error, OSError) else error.__context__ or error  # torch.save hides the cause
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot write {path} ({reason}): free space or mend the folder's permissions, then run the "
-                        "same command again") from None  # fmt: skip
+        raise UserError(f"cannot write {path} ({reason}): free space or correct the permissions, then run the same "
+                        "command again") from None  # fmt: skip
 
 
-def atomic_write(path, write, keep=None):
-    """Call `write(file)` on a new file and move it to `path`, which is whole at any moment, even if the power fails.
-
-    What was at `path` before moves to `keep`. Where the disk is full, the old file stays.
-    """
-    beside = path.with_name(f".{path.name}.tmp")
+def atomic_write(path, write):
+    """Call `write(file)` on a new file and move it to `path`, which is whole at any moment, even if the power fails."""
+    temporary = path.with_name(f".{path.name}.tmp")
     with writing(path):
         try:
-            with open(beside, "wb") as file:
+            with open(temporary, "wb") as file:
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
         except (OSError, RuntimeError):
-            beside.unlink(missing_ok=True)  # half a file would take the room that is short
+            temporary.unlink(missing_ok=True)  # frees the space of half a file
             raise
-        if keep and path.exists():
-            os.replace(path, keep)
-        os.replace(beside, path)
-        flush_folder(path.parent)
-
-
-def flush_folder(folder):
-    """Have a folder's entries on the disk; some file systems do that by themselves and refuse to be asked."""
-    with contextlib.suppress(OSError):
-        file = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(file)
-        finally:
-            os.close(file)
+        os.replace(temporary, path)
 
 
 class Run:
-    """A run's folder: config.json, log.jsonl, views.png, checkpoint.pth, the one before it, and backbone.pth.
+    """A run's folder: config.json, log.jsonl, views.png, checkpoint.pth and backbone.pth. Only rank 0 uses it.
 
-    The same command in the same folder goes on where it stopped; other arguments or inputs are refused, naming them,
-    and so is a second process while the first is at work. datasets: those whose size and classes belong to the run.
-    files: those whose content does.
+    The same command in the same folder continues where it stopped. Other arguments or inputs are refused, and so is a
+    second process while the first one works.
+    datasets: those whose size and classes belong to the run; files: those whose content does; metadata: what else
+    config.json and the checkpoints hold.
     """
 
-    def __init__(self, script, args, *datasets, files=()):
-        self.script, self.folder, self.args = script, Path(args.out), args
-        self.path, self.path_before = self.folder / "checkpoint.pth", self.folder / "checkpoint.before.pth"
+    def __init__(self, script, args, *datasets, files=(), **metadata):
+        self.script, self.args, self.folder, self.metadata = script, args, Path(args.out), metadata
         self.mean_std = datasets[0].mean_std if datasets else IMAGENET_MEAN_STD
-        self.bar, self.writer = None, None
-        self.losses, self.named = [], set()  # since the last line of the log; unreadable images named there
-        FolderDataset.unreadable.clear()
+        self.step, self.epoch, self.lr = 0, 0, 0.0
+        self.losses, self.named = [], set()  # since the last line of the log; unreadable images that it names
         self.unsaved, self.saved_at = False, time.monotonic()
-        self.stop_signal, self.ballot = (
-            None,
-            None,
-        )  # the signal that told this process to stop; what all were asked last
-        self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self.stop_signal, self.asked = None, None
+        self.bar, self.writer = None, None
+        FolderDataset.unreadable.clear()
         for number in STOP_SIGNALS:
             signal.signal(number, self.on_signal)
         if rank() > 0:
             return
         if args.tensorboard and not importlib.util.find_spec("tensorboard"):
-            raise UserError("--tensorboard needs a package more: pip install tensorboard")
+            raise UserError("--tensorboard needs another package: pip install tensorboard")
+        contents = {file: Path(file).read_bytes() for file in files if file not in ("torchvision", "random")}
         config = {
             "script": script,
+            **metadata,
             "arguments": {k: v for k, v in json.loads(json.dumps(vars(args))).items() if k != "out"},
             "inputs": {
                 "images": [len(dataset) for dataset in datasets],
                 "classes": [dataset.num_classes for dataset in datasets],
-                **{f"content of {file}": hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16] for file in files},
+                **{f"content of {file}": hashlib.sha256(data).hexdigest()[:16] for file, data in contents.items()},
             },
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -1747,129 +1713,134 @@ class Run:
             self.lock()
         except OSError as error:
             raise UserError(f"cannot write to --out {self.folder}: {error.strerror}") from None
-        self.check(config)
+        self.refuse_other_run(config)
         self.write("config.json", config)
 
     def lock(self):
-        """Refuse a folder in which another process is at work; its lock goes with it, however it ends."""
+        """Refuse a folder in which another process works. The lock ends with its process."""
         path = self.folder / ".lock"
-        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # open to the end of the process
+        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # open until the process ends
         try:
-            # A record lock: one of flock() would be held on by the workers of a killed process.
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, workers of a killed process do not hold it
         except (BlockingIOError, PermissionError):
-            raise UserError(f"{self.folder} is in use by {path.read_text()}: pass another --out, or stop that one "
+            raise UserError(f"{self.folder} is in use by {path.read_text()}: pass another --out, or stop that process "
                             "first") from None  # fmt: skip
         except OSError as error:
-            print(f"warning: {self.folder} cannot be locked ({error.strerror}): let no other run write there",
-                  file=sys.stderr)  # fmt: skip
+            print(f"warning: cannot lock {self.folder} ({error.strerror}): start no second run there", file=sys.stderr)
         os.ftruncate(lock, 0)
         os.write(lock, f"process {os.getpid()} on {platform.node()}".encode())
 
-    def check(self, config):
-        """Refuse a folder that holds another run."""
+    def refuse_other_run(self, config):
+        """Raise UserError if the folder holds another run; arguments that its version did not have are ignored."""
         try:
             old = json.loads((self.folder / "config.json").read_text())
             old = {**old["arguments"], **old["inputs"], "script": old["script"]}
         except FileNotFoundError:
-            taken = [name for name in ("checkpoint.pth", "backbone.pth", "eval.json") if (self.folder / name).exists()]
-            if taken:
-                raise UserError(f"{self.folder} holds {taken[0]} but no config.json: pass another --out") from None
+            found = [name for name in ("checkpoint.pth", "backbone.pth", "eval.json") if (self.folder / name).exists()]
+            if found:
+                raise UserError(f"{self.folder} holds {found[0]} but no config.json: pass another --out") from None
             return
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"cannot read {self.folder / 'config.json'} ({error}): pass another --out") from None
         new = {**config["arguments"], **config["inputs"], "script": config["script"]}
-        names = sorted(name for name in (old.keys() | new.keys()) - FREE_ARGUMENTS if old.get(name) != new.get(name))
-        spelled = {name: name.replace("_", "-") for name in vars(self.args)}
-        differ = [f"{spelled.get(name, name)} {old.get(name)} there, {new.get(name)} here" for name in names]
+        names = sorted((old.keys() & new.keys()) - FREE_ARGUMENTS)
+        differ = [f"{name.replace('_', '-') if name in vars(self.args) else name} {old[name]} there, {new[name]} here"
+                  for name in names if old[name] != new[name]]  # fmt: skip
         if differ:
             raise UserError(f"{self.folder} holds another run ({'; '.join(differ)}): pass another --out")
 
     def resume(self, model, optimizer, scaler, **metadata):
-        """Load the newest whole checkpoint, if any, and return the number of steps done.
+        """Load checkpoint.pth into model, optimizer and scaler; without one, save the start.
 
-        metadata: what the checkpoints shall say of themselves. One `of` other weights than these is left aside.
+        Rank 0 reads it for all processes. A checkpoint `of` other weights than these is ignored.
         """
-        self.state, self.metadata = (model, optimizer, scaler), metadata
-        checkpoint = self.load_latest() or {}
-        if checkpoint.get("of") != metadata.get("of"):
+        self.state, self.metadata = (model, optimizer, scaler), {**self.metadata, **metadata}
+        path = self.folder / "checkpoint.pth"
+        checkpoint = broadcast(load_file(path, whole=True) if rank() == 0 and path.exists() else {})
+        if checkpoint.get("of") != self.metadata.get("of"):
             checkpoint = {}
-        step = checkpoint.get("step", 0)
+        self.step = checkpoint.get("step", 0)
         device = next(model.parameters()).device
         self.losses = [row.to(device) for row in checkpoint.get("losses", [])]
         self.named = set(checkpoint.get("unreadable", []))
         if checkpoint:
             frozen = {k: v for k, v in model.state_dict().items() if k.startswith("teacher.")}
-            load_strict(model, {**checkpoint["model"], **frozen}, str(self.path))
+            load_strict(model, {**checkpoint["model"], **frozen}, str(path))
             optimizer.load_state_dict(checkpoint["optimizer"])
             scaler.load_state_dict(checkpoint["scaler"])
-        if (gather(torch.tensor([step])) != step).any():
-            raise UserError(f"the processes find different checkpoints: --out {self.folder} must be one folder, on a "
-                            "disk that all machines share")  # fmt: skip
         log = self.folder / "log.jsonl"
-        if rank() == 0 and log.exists() and (checkpoint or "of" not in metadata):
-            size = checkpoint.get("log_bytes", 0)  # lines after the checkpoint are about to be written again
-            with writing(log):
-                os.truncate(log, min(size, log.stat().st_size))
+        if rank() == 0 and log.exists() and (checkpoint or "of" not in self.metadata):
+            with writing(log):  # the run writes the lines after the checkpoint again
+                os.truncate(log, min(checkpoint.get("log_bytes", 0), log.stat().st_size))
         if not checkpoint:
-            self.save(0)  # so that a disk without room shows now
+            self.save()  # shows now if the disk is full
         elif rank() == 0:
-            print(f"going on from step {step} of {self.folder}", file=sys.stderr)
-        return step
+            print(f"continuing from step {self.step} of {self.folder}", file=sys.stderr)
 
-    def load_latest(self):
-        """Content of the newest whole checkpoint; None where there is none."""
-        if not self.path.exists() and not self.path_before.exists():
-            return None
-        try:
-            return load_file(self.path, whole=True)
-        except CorruptCheckpoint as error:
-            if not self.path_before.exists():
-                raise
-            checkpoint = load_file(self.path_before, whole=True)
-            if rank() == 0:
-                print(f"warning: {error}; going on from the one before it", file=sys.stderr)
-                with contextlib.suppress(FileNotFoundError):  # aside, so that it never takes the place of a whole one
-                    os.replace(self.path, self.folder / "checkpoint.damaged.pth")
-            return checkpoint
+    def epochs(self, epochs, steps, evaluate=None, every=1):
+        """Yield the numbers of the epochs that are left, of `steps` steps each, with a checkpoint after each.
 
-    def start_bar(self, step, steps, batch_size, title=None):
-        """Show progress in images, with speed and time left, on rank 0."""
-        self.batch_size, self.count, self.clock = batch_size, 0, time.perf_counter()
+        evaluate: a function whose dict of values is logged, before each `every`-th epoch, so that a resume repeats it
+        if it was interrupted, and at the end of the run.
+        """
+        self.steps, self.end = steps, min(epochs * steps, self.args.max_steps or epochs * steps)
         self.bar = tqdm(
-            desc=title or self.script,
-            total=steps * batch_size,
-            initial=step * batch_size,
+            desc=self.metadata.get("of", self.script),
+            total=self.end * self.args.batch_size,
+            initial=self.step * self.args.batch_size,
             unit="img",
             unit_scale=True,
             mininterval=1 if sys.stderr.isatty() else 30,
             disable=rank() > 0,
         )
+        while True:
+            self.epoch = self.step // steps
+            if evaluate and (self.step % (every * steps) == 0 or self.step >= self.end):
+                self.metrics = evaluate()
+                self.log(self.metrics)
+            if self.step >= self.end:
+                break
+            yield self.epoch
+            if self.unsaved:
+                self.save()
+        self.bar.close()
 
-    def track(self, step, epoch, losses, lr, epoch_ends):
-        """Count a step; log the mean losses every LOG_EVERY steps and at the end of an epoch; save where it is time.
+    def batches(self, loader):
+        """Yield the batches that are left of this epoch; the first one of the run is drawn in views.png."""
+        self.clock = self.step, time.perf_counter()
+        for views, labels in loader.batches(self.step, min(self.end, (self.epoch + 1) * self.steps)):
+            if self.step == 0 and isinstance(loader, Loader):
+                self.draw_views(views)
+            yield views, labels
 
-        Where a loss is not finite, UserError names the step, at the next line of the log or before the next checkpoint.
+    def track(self, losses, lr):
+        """Count a step; log the mean losses every LOG_EVERY steps and at an epoch's end; save when it is time.
+
+        losses: {name: scalar tensor}. If one is not finite, UserError names the step, at the next line of the log or
+        before the next checkpoint.
         """
-        self.unsaved, self.place = True, (step, epoch, lr)
+        self.step, self.lr, self.unsaved = self.step + 1, lr, True
         self.losses.append(torch.stack([value.detach() for value in losses.values()]))
-        self.count += 1
-        self.bar.update(self.batch_size)
-        if len(self.losses) >= LOG_EVERY or epoch_ends:
+        self.bar.update(self.args.batch_size)
+        if len(self.losses) >= LOG_EVERY or self.step % self.steps == 0 or self.step == self.end:
             means = dict(zip(losses, self.average_losses().mean(dim=0).tolist(), strict=True))
-            speed = self.count * self.batch_size / (time.perf_counter() - self.clock)
+            first, start = self.clock
+            speed = (self.step - first) * self.args.batch_size / (time.perf_counter() - start)
             title = {"weights": self.metadata["of"]} if "of" in self.metadata else {}
-            self.log({**title, "step": step, "epoch": epoch, **means, "lr": lr, "images_per_second": round(speed, 1)})
-            self.bar.set_postfix(loss=f"{means['loss']:.3f}", lr=f"{lr:.2g}", epoch=epoch, refresh=False)
-            self.losses, self.count, self.clock = [], 0, time.perf_counter()
-            self.name_unreadable(step)
-        if self.agree() and not epoch_ends:  # an epoch's end is saved in any case
-            self.save(step)
+            self.log({**title, **means, "lr": lr, "images_per_second": round(speed, 1)})
+            self.bar.set_postfix(loss=f"{means['loss']:.3f}", lr=f"{lr:.2g}", epoch=self.epoch, refresh=False)
+            self.losses, self.clock = [], (self.step, time.perf_counter())
+            self.name_unreadable()
+        wanted = self.ask()
+        if wanted:
+            self.save()
+        if wanted == 2:
+            self.stop()
 
     def average_losses(self):
-        """Losses since the last line of the log, (steps, losses), averaged over the processes and then kept so.
+        """Losses since the last line of the log, (steps, losses) on the CPU, averaged over the processes.
 
-        Raises UserError where one is not finite.
+        Raises UserError if one is not finite.
         """
         losses = torch.stack(self.losses)
         if world_size() > 1:
@@ -1879,26 +1850,26 @@ class Run:
         losses = losses.cpu()  # the only wait for the device
         finite = losses.isfinite().all(dim=1).tolist()
         if not all(finite):
-            self.not_finite(self.place[0] - len(losses) + 1 + finite.index(False), "a loss")
+            self.raise_not_finite(self.step - len(losses) + 1 + finite.index(False), "a loss")
         return losses
 
-    def not_finite(self, step, what):
-        """Say where a number stopped to be one."""
-        _, epoch, lr = self.place
-        raise UserError(f"{what} is not finite at step {step}, epoch {epoch}, learning rate {lr:g}; {self.path} is "
-                        "from before: lower --lr, or take --amp off, with another --out")  # fmt: skip
+    def raise_not_finite(self, step, what):
+        """Raise UserError with the step from which on a number is not finite."""
+        raise UserError(f"{what} is not finite at step {step}, epoch {self.epoch}, learning rate {self.lr:g}; the "
+                        f"checkpoint in {self.folder} is from before: lower --lr or use --amp off, with another "
+                        "--out")  # fmt: skip
 
-    def name_unreadable(self, step):
-        """Name every unreadable image once, in the log and to the user; too many of them end the run."""
+    def name_unreadable(self):
+        """Name each unreadable image once, in the log and to the user; too many of them end the run."""
+        found = [FolderDataset.unreadable]
         if world_size() > 1:
             found = [None] * world_size()
             dist.all_gather_object(found, FolderDataset.unreadable)
-            for images in found:
-                FolderDataset.unreadable.update(images)
-        for path, reason in sorted(FolderDataset.unreadable.items()):
+        for path, reason in sorted(item for images in found for item in images.items()):
+            FolderDataset.unreadable[path] = reason
             if path not in self.named:
                 self.named.add(path)
-                self.log({"step": step, "unreadable": path, "reason": reason})
+                self.log({"unreadable": path, "reason": reason})
                 if rank() == 0:
                     tqdm.write(f"warning: unreadable image {path} ({reason}), left out", file=sys.stderr)
         if len(self.named) > self.args.max_bad_images:
@@ -1909,30 +1880,27 @@ class Run:
         """Append a line to log.jsonl (and to TensorBoard)."""
         if rank() > 0:
             return
-        path = self.folder / "log.jsonl"
+        path, values = self.folder / "log.jsonl", {"step": self.step, "epoch": self.epoch, **values}
         with writing(path), open(path, "ab") as log:
             log.write(json.dumps(values).encode() + b"\n")
         if self.args.tensorboard:
             if not self.writer:
                 from torch.utils.tensorboard import SummaryWriter
 
-                self.writer = SummaryWriter(self.folder, purge_step=values["step"])
+                self.writer = SummaryWriter(self.folder, purge_step=self.step)
             for name, value in values.items():
                 if name not in ("step", "epoch") and isinstance(value, (int, float)):
-                    self.writer.add_scalar(name, value, values["step"])
+                    self.writer.add_scalar(name, value, self.step)
             self.writer.flush()
 
-    def save(self, step):
-        """Write checkpoint.pth, all that a resume needs; then stop, if some process was told to.
-
-        A frozen teacher stays in its own file. The checkpoint before this one is kept.
-        """
+    def save(self):
+        """Write checkpoint.pth, with all that a resume needs; a frozen teacher stays in its own file."""
         model, optimizer, scaler = self.state
         if self.losses:
             self.average_losses()
-        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-        if not torch.stack([p.isfinite().all() for p in weights]).all():
-            self.not_finite(step, "a weight")
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        if not torch.stack([param.isfinite().all() for param in params]).all():
+            self.raise_not_finite(self.step, "a weight")
         if rank() == 0:
             path = self.folder / "log.jsonl"
             with writing(path), open(path, "ab") as log:
@@ -1940,7 +1908,7 @@ class Run:
                 log_bytes = log.tell()
             checkpoint = {
                 **self.metadata,
-                "step": step,
+                "step": self.step,
                 "model": {k: v for k, v in model.state_dict().items() if not k.startswith("teacher.")},
                 "optimizer": optimizer.state_dict(),
                 "scaler": scaler.state_dict(),
@@ -1948,66 +1916,58 @@ class Run:
                 "log_bytes": log_bytes,
                 "unreadable": sorted(self.named),
             }
-            atomic_write(self.path, lambda file: torch.save(checkpoint, file), keep=self.path_before)
-        self.unsaved, self.saved_at = False, time.monotonic()
-        if self.agree(wait=True) == 2:
-            self.stop()
+            atomic_write(self.folder / "checkpoint.pth", lambda file: torch.save(checkpoint, file))
+        self.unsaved, self.saved_at, self.asked = False, time.monotonic(), None
 
-    def agree(self, wait=False):
-        """What the processes want: 0 nothing, 1 a checkpoint, since it is time, or 2 to stop, since one was told to.
+    def ask(self):
+        """What the processes want: 0 nothing, 1 a checkpoint, since it is time, 2 to stop, since one got a signal.
 
-        All get the same answer at the same step. To wait for nobody it is the answer to the question of the step
-        before, unless `wait`.
+        All get the same answer at the same step. With several processes it answers the question of the step before, so
+        that none waits for another.
         """
-        if self.parent and os.getppid() != self.parent:
-            self.stop_signal = self.stop_signal or "the end of torchrun"
         due = rank() == 0 and time.monotonic() - self.saved_at > 60 * self.args.checkpoint_minutes
-        want = 2 if self.stop_signal else int(due)
+        wanted = 2 if self.stop_signal else int(due)
         if world_size() == 1:
-            return want
-        want = torch.tensor(want)
-        ballot, self.ballot = self.ballot, (want, dist.all_reduce(want, dist.ReduceOp.MAX, async_op=True))
-        want, work = self.ballot if wait or ballot is None else ballot
+            return wanted
+        wanted, asked = torch.tensor(wanted), self.asked
+        self.asked = wanted, dist.all_reduce(wanted, dist.ReduceOp.MAX, async_op=True)
+        if asked is None:
+            return 0
+        wanted, work = asked
         work.wait()
-        return want.item()
+        return wanted.item()
 
     def on_signal(self, number, frame):
-        """Stop after the step that is under way, or at once where all is saved."""
+        """Stop after the current step, or now if everything is saved."""
         self.stop_signal = signal.Signals(number).name
         if not self.unsaved:
             self.stop()
 
     def stop(self):
-        """Leave with all saved."""
+        """Raise Stopped."""
         reason = f"by {self.stop_signal}" if self.stop_signal else "with another process"
-        raise Stopped(f"stopped {reason}, all is saved in {self.folder}; the same command goes on")
+        raise Stopped(f"stopped {reason}, everything is saved in {self.folder}; the same command continues")
 
     def finish(self, backbone):
-        """Close the bar and export the backbone."""
-        self.bar.close()
-        self.export(backbone)
-        if rank() == 0:
-            print(f"{self.folder}: checkpoint.pth, backbone.pth, log.jsonl, views.png")
-
-    def export(self, backbone):
-        """Write backbone.pth: the network alone, with torchvision's keys."""
+        """Write backbone.pth: the network without head, under torchvision's keys."""
         if rank() == 0:
             atomic_write(self.folder / "backbone.pth", lambda file: torch.save(backbone.state_dict(), file))
+            print(f"{self.folder}: checkpoint.pth, backbone.pth, log.jsonl, views.png")
 
-    def draw_views(self, *views):
-        """Write views.png: up to eight images, a row for each of their views. views: normalised (N, 3, size, size)."""
+    def draw_views(self, views):
+        """Write views.png: a row for each view, up to eight images wide. views: normalized (N, 3, size, size) each."""
         if rank() == 0:
-            mean, std = (views[0].new_tensor(v).view(3, 1, 1) for v in self.mean_std)
+            mean, std = (torch.tensor(values).view(3, 1, 1) for values in self.mean_std)
             size = max(128, *(view.shape[-1] for view in views))
-            images = [F.interpolate(view[:8] * std + mean, (size, size), mode="nearest") for view in views]
+            images = [F.interpolate(view[:8].cpu() * std + mean, (size, size), mode="nearest") for view in views]
             images = torch.cat(images).clamp(0, 1)
             save = torchvision.utils.save_image
             atomic_write(self.folder / "views.png", lambda file: save(images, file, nrow=8, format="png"))
 
     def read(self, name):
-        """Content of a JSON file of the folder, or None."""
+        """Content of a JSON file of the folder, on every process; None if there is none."""
         path = self.folder / name
-        return json.loads(path.read_text()) if path.exists() else None
+        return broadcast(json.loads(path.read_text()) if rank() == 0 and path.exists() else None)
 
     def write(self, name, content):
         """Write a JSON file into the folder."""
@@ -2018,7 +1978,7 @@ class Run:
 
 
 def git_commit():
-    """The commit that the scripts are at, or None outside a git checkout."""
+    """The commit of the scripts; None outside a git checkout."""
     try:
         command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -13,6 +13,7 @@ teacher's, while the MoCo v2 loss against a mean student keeps instances apart.
 
 import copy
 import math
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -133,41 +134,28 @@ def main():
     model = DisCo(student, teacher, teacher.dim, args.queue_size, args.momentum, args.temperature,
                   args.distill_weight, args.teacher_bn, not args.no_contrastive)  # fmt: skip
     model.to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(student.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True)
+    optimizer = common.sgd(student.parameters(), args.lr, args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
 
-    run = common.Run("disco", args, dataset, files=[args.teacher])
-    step = run.resume(model, optimizer, scaler, arch=args.student, image_size=size)
+    run = common.Run("disco", args, dataset, files=[args.teacher], arch=args.student, image_size=size)
+    run.resume(model, optimizer, scaler)
     if args.compile:
         for network in model.children():
             network.compile()
     ddp_model = common.distribute(model)
-    probe = common.KnnProbe(args, size, device) if args.knn_every else None
+    evaluate = partial(common.KnnProbe(args, size, device), student) if args.knn_every else None
 
-    steps = args.epochs * len(loader)
-    stop = min(steps, args.max_steps or steps)
-    run.start_bar(step, stop, args.batch_size)
-    while True:
-        epoch = step // len(loader)
-        if probe and step % (args.knn_every * len(loader)) == 0:
-            run.log({"step": step, "epoch": epoch, **probe(student)})
-        if step >= stop:
-            break
+    for epoch in run.epochs(args.epochs, len(loader), evaluate, args.knn_every):
         lr = cosine_lr(args.lr, epoch, args.epochs)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        for (view1, view2), _ in loader.batches(step, stop):
-            if step == 0:
-                run.draw_views(view1, view2)
+        common.set_lr(optimizer, lr)
+        for (view1, view2), _ in run.batches(loader):
             losses, keys = ddp_model(view1, view2)
             optimizer.zero_grad()
             scaler.scale(losses["loss"]).backward()
             scaler.step(optimizer)
             scaler.update()
             model.enqueue(keys)
-            step += 1
-            run.track(step, epoch, losses, lr, epoch_ends=step % len(loader) == 0 or step == stop)
-        run.save(step)
+            run.track(losses, lr)
     run.finish(backbone)
 
 

@@ -169,7 +169,7 @@ def main():
     train = common.subsample_per_class(train, args.label_fraction, args.seed)
     if max(args.knn) > len(train):
         raise common.UserError(f"--knn {max(args.knn)} is larger than the {len(train)} training images")
-    crop = common.View(size, scale=(0.08, 1.0), color=False)
+    crop = common.View(size, scale=(0.08, 1.0), augment=None)
     loader = common.Loader(train, [crop], args.batch_size, args.seed, args.workers, device)
     encoders = {name: files.get(name) or untrained(name, args.arch, size, args.seed) for name in args.weights}
     for name, encoder in encoders.items():
@@ -179,7 +179,7 @@ def main():
     lists = [args.label_list] if args.label_list else []
     run = common.Run("linear_eval", args, train, val, files=[*files, *lists])
     options = size, args.batch_size, args.workers, device
-    results = common.broadcast(run.read("eval.json") or {})
+    results = run.read("eval.json") or {}
     for number, (name, encoder) in enumerate(encoders.items(), start=1):
         if name in results:
             continue
@@ -189,7 +189,7 @@ def main():
             encoder.backbone.compile()
         clock = [time.perf_counter()]
         train_set, val_set = load_or_extract(run, name, encoder, (train, val), options)
-        run.name_unreadable(0)
+        run.name_unreadable()
         clock.append(time.perf_counter())
         votes = common.knn_accuracy(train_set, val_set, args.knn, train.num_classes, args.knn_temperature)
         picture = run.folder / f"neighbors{number if number > 1 else ''}.png"
@@ -211,7 +211,7 @@ def main():
         clock.append(time.perf_counter())
         seconds = dict(zip(("features", "knn", "training"), np.diff(clock).round(1).tolist(), strict=True))
         results[name] = result
-        run.log({"weights": name, "step": args.epochs * len(loader), **votes, "seconds": seconds})
+        run.log({"weights": name, **votes, "seconds": seconds})
         run.write("eval.json", results)
     if common.rank() == 0:
         print_table(results)
@@ -239,6 +239,7 @@ def load_or_extract(run, name, encoder, datasets, options):
         return [[part.to(options[-1]) for part in features] for features in common.load_file(path, whole=True)]
     features = [common.extract_features(encoder, dataset, *options) for dataset in datasets]
     if run.args.cached:
+        run.folder.mkdir(parents=True, exist_ok=True)  # also on a machine that does not share it
         common.atomic_write(path, lambda file: torch.save(features, file))
     return features
 
@@ -276,37 +277,28 @@ def train_classifier(run, name, model, groups, batches, evaluate_model):
 
     groups: parameter groups with their learning rates. batches: a `common.Loader` or one of the classes above.
     """
-    args, device, per_epoch = run.args, next(model.parameters()).device, len(batches)
-    metrics = None
+    args, device, metrics = run.args, next(model.parameters()).device, None
     rates = [group["lr"] for group in groups]
-    optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=args.weight_decay, fused=True)
+    optimizer = common.sgd(groups, rates[0], args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=args.finetune and args.amp == "fp16")
-    step = run.resume(model, optimizer, scaler, of=name)
-    # A probe is trained on the whole batch by every process alike: cheaper than to exchange its gradients
+    run.resume(model, optimizer, scaler, of=name)
+    # Every process trains a probe on the whole batch: cheaper than to exchange its gradients
     ddp_model = common.distribute(model) if args.finetune else model
 
-    steps = args.epochs * per_epoch
-    stop = min(steps, args.max_steps or steps)
-    run.start_bar(step, stop, args.batch_size, name)
-    while step < stop:
-        epoch = step // per_epoch
+    for epoch in run.epochs(args.epochs, len(batches)):
         factor = lr_factor(args.schedule, epoch, args.epochs)
         for group, lr in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = lr * factor
-        for (inputs,), labels in batches.batches(step, stop):
+        for (inputs,), labels in run.batches(batches):
             logits = ddp_model(inputs)
             losses = torch.stack([F.cross_entropy(x, labels) for x in logits.view(-1, *logits.shape[-2:])])
             optimizer.zero_grad()
             scaler.scale(losses.sum()).backward()  # each layer's gradient is its own
             scaler.step(optimizer)
             scaler.update()
-            step += 1
-            epoch_ends = step % per_epoch == 0 or step == stop
-            run.track(step, epoch, {"loss": losses.min()}, args.lr[0] * factor, epoch_ends)
+            run.track({"loss": losses.min()}, args.lr[0] * factor)
         metrics = evaluate_model()
-        run.log({"weights": name, "step": step, "epoch": epoch, "top1": [values["top1"] for values in metrics]})
-        run.save(step)
-    run.bar.close()
+        run.log({"weights": name, "top1": [values["top1"] for values in metrics]})
     return metrics or evaluate_model()
 
 
@@ -325,7 +317,7 @@ def draw_neighbours(path, datasets, features, size, queries=8, neighbours=10):
         return
 
     def pixels(dataset, numbers):
-        request = common.BatchRequest(numbers.flatten().cpu().numpy(), [common.View(size, None, False)], None, None)
+        request = common.BatchRequest(numbers.flatten().cpu().numpy(), [common.View(size)])
         images = common.TF.to_dtype(dataset[request][0][0].cpu(), torch.float32, scale=True)
         return F.interpolate(images, max(64, size), mode="nearest").unflatten(0, numbers.shape)
 

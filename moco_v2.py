@@ -15,6 +15,7 @@ The baseline for the distilled students, and the way to a teacher:
 
 import copy
 import math
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -99,41 +100,28 @@ def main():
     encoder.amp = common.AMP[args.amp]
     model = MoCo(encoder, args.dim, args.queue_size, args.momentum, args.temperature)
     model.to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(encoder.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True)
+    optimizer = common.sgd(encoder.parameters(), args.lr, args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
 
-    run = common.Run("moco_v2", args, dataset)
-    step = run.resume(model, optimizer, scaler, arch=args.arch, image_size=size)
+    run = common.Run("moco_v2", args, dataset, arch=args.arch, image_size=size)
+    run.resume(model, optimizer, scaler)
     if args.compile:
         model.encoder.compile()
         model.momentum_encoder.compile()
     ddp_model = common.distribute(model)
-    probe = common.KnnProbe(args, size, device) if args.knn_every else None
+    evaluate = partial(common.KnnProbe(args, size, device), encoder) if args.knn_every else None
 
-    steps = args.epochs * len(loader)
-    stop = min(steps, args.max_steps or steps)
-    run.start_bar(step, stop, args.batch_size)
-    while True:
-        epoch = step // len(loader)
-        if probe and step % (args.knn_every * len(loader)) == 0:
-            run.log({"step": step, "epoch": epoch, **probe(encoder)})
-        if step >= stop:
-            break
+    for epoch in run.epochs(args.epochs, len(loader), evaluate, args.knn_every):
         lr = cosine_lr(args.lr, epoch, args.epochs)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        for (view1, view2), _ in loader.batches(step, stop):
-            if step == 0:
-                run.draw_views(view1, view2)
+        common.set_lr(optimizer, lr)
+        for (view1, view2), _ in run.batches(loader):
             losses, keys = ddp_model(view1, view2)
             optimizer.zero_grad()
             scaler.scale(losses["loss"]).backward()
             scaler.step(optimizer)
             scaler.update()
             model.enqueue(keys)
-            step += 1
-            run.track(step, epoch, losses, lr, epoch_ends=step % len(loader) == 0 or step == stop)
-        run.save(step)
+            run.track(losses, lr)
     run.finish(backbone)
 
 

@@ -21,6 +21,8 @@ ImageNet: 100 epochs of 256 images at a learning rate of 0.1, a head trained for
     torchrun --nproc_per_node=8 sskd.py --teacher torchvision --teacher-arch resnet34 --student resnet18
 """
 
+from functools import partial
+
 import numpy as np
 import torch
 import torch.nn as nn
@@ -98,6 +100,37 @@ def sskd_losses(student_logits, student_ss, teacher_logits, teacher_ss, labels, 
     }
 
 
+# --------------------------------------------------------------------------------------------------------- Augmentation
+
+
+def rotate_and_crop(images, rng, rotations, padding):
+    """Augmentation of a `common.View`: rotate each image, then crop each row at random from the padded row.
+
+    (n, 3, S, S) -> (rotations * n, 3, S, S). padding: black pixels on each side; 0 for no crop.
+    """
+    images = rotate(images, rotations)
+    if padding:
+        offsets = rng.integers(0, 2 * padding + 1, (len(images) * common.world_size(), 2))
+        images = pad_and_crop(images, common.local_share(offsets), padding)
+    return images
+
+
+def rotate(images, count):
+    """Rotate counter-clockwise by `count` multiples of 90 degrees, (n, 3, S, S) -> (count * n, 3, S, S).
+
+    Rows count * i to count * (i + 1) - 1 are image i.
+    """
+    return torch.stack([images.rot90(k, dims=(2, 3)) for k in range(count)], dim=1).flatten(0, 1)
+
+
+def pad_and_crop(images, offsets, padding):
+    """Crop images (n, 3, H, W), padded with black, to their size at their own offsets (n, 2), 0 to 2 * padding."""
+    top, left = torch.from_numpy(offsets).to(images.device, non_blocking=True).unbind(dim=1)
+    height, width = images.shape[2:]
+    crops = F.pad(images, [padding] * 4).unfold(2, height, 1).unfold(3, width, 1)  # a view of all possible crops
+    return crops[torch.arange(len(images), device=images.device), :, top, left]
+
+
 # --------------------------------------------------------------------------------------------------------------- Method
 
 
@@ -119,6 +152,12 @@ class SSKD(nn.Module):
             for name, network in (("student_head", student), ("teacher_head", teacher)):
                 dim = network.backbone.feature_dim
                 self.add_module(name, common.mlp_head(dim, dim, dim))
+        # DistributedDataParallel expects a gradient for each parameter that requires one
+        if "ss" not in self.weights and self.rotations > 1:
+            self.student_head.requires_grad_(False)
+            self.teacher_head.requires_grad_(False)
+        if self.weights.keys() == {"ss"}:
+            student.classifier.requires_grad_(False)
         self.train()
 
     def train(self, mode=True):
@@ -186,75 +225,60 @@ def main():
     for network in networks:
         network.amp = common.AMP[args.amp]
     model.to(device, memory_format=torch.channels_last)
-    crop = {"padding": round(size / 8)} if train.in_memory else {"scale": (0.08, 1.0)}
-    view = common.View(size, color=False, rotations=model.rotations, **crop)
+    padding, scale = (round(size / 8), None) if train.in_memory else (0, (0.08, 1.0))
+    augment = partial(rotate_and_crop, rotations=model.rotations, padding=padding)
+    view = common.View(size, scale, augment)
     loader = common.Loader(train, [view], args.batch_size, args.seed, args.workers, device)
 
     head_epochs = args.head_epochs if model.weights.get("ss") else 0
     groups = [{"params": [p for name, p in model.named_parameters() if not name.startswith("teacher")]}]
     if head_epochs:
-        groups += [{"params": model.teacher_head.parameters()}]
-    optimizer = torch.optim.SGD(groups, args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True)
+        groups += [{"params": list(model.teacher_head.parameters())}]
+    optimizer = common.sgd(groups, args.lr, args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
 
-    files = [args.teacher] if args.teacher not in (None, "torchvision") else []
-    run = common.Run("sskd", args, train, val, files=files)
-    step = run.resume(model, optimizer, scaler, arch=args.student, image_size=size)
-    if args.compile:
-        for network in networks:
-            network.backbone.compile()
-    if model.teacher and step == 0:
-        run.log({"step": 0, "epoch": 0, "teacher_top1": accuracy(model.teacher, val, size, args, device)})
-
-    head_steps = head_epochs * len(loader)
-    steps = head_steps + args.epochs * len(loader)
-    stop = min(steps, args.max_steps or steps)
-    run.start_bar(step, stop, args.batch_size)
-
-    def learn(loss):
+    def step(loss):
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
 
+    def top1(network):
+        return accuracy(network, val, size, args, device)
+
+    files = [args.teacher] if args.teacher else []
+    run = common.Run("sskd", args, train, val, files=files, arch=args.student, image_size=size)
+    run.resume(model, optimizer, scaler)
+    if args.compile:
+        for network in networks:
+            network.backbone.compile()
+    if model.teacher and run.step == 0:
+        run.log({"teacher_top1": top1(model.teacher)})
+
     # The head of the frozen teacher learns the contrastive task
-    ddp_model = common.distribute(model.teacher_head) if step < head_steps else None
-    while step < min(head_steps, stop):
-        epoch = step // len(loader)
-        lr = optimizer.param_groups[1]["lr"] = step_lr(args.head_lr, epoch, head_epochs, args.head_milestones)
-        for (images,), _ in loader.batches(step, stop):
-            if step == 0:
-                draw_views(run, images, model.rotations)
-            embedding = ddp_model(model.teacher.features(images))
-            losses = {"loss": ss_head_loss(common.gather_with_gradient(embedding))}
-            learn(losses["loss"])
-            step += 1
-            run.track(step, epoch, losses, lr, epoch_ends=step % len(loader) == 0 or step == stop)
-        run.save(step)
+    if head_epochs:
+        ddp_model = common.distribute(model.teacher_head)
+        for epoch in run.epochs(head_epochs, len(loader)):
+            lr = optimizer.param_groups[1]["lr"] = step_lr(args.head_lr, epoch, head_epochs, args.head_milestones)
+            for (images,), _ in run.batches(loader):
+                embedding = ddp_model(model.teacher.features(images))
+                losses = {"loss": ss_head_loss(common.gather_with_gradient(embedding))}
+                step(losses["loss"])
+                run.track(losses, lr)
 
     # The student learns from labels, teacher and head
     if head_epochs:
         model.teacher_head.requires_grad_(False)
     ddp_model = common.distribute(model)
-    while True:
-        epoch = step // len(loader)
-        if step % len(loader) == 0 or step >= stop:
-            top1 = accuracy(student, val, size, args, device)
-            run.log({"step": step, "epoch": epoch, "top1": top1})
-        if step >= stop:
-            break
+    for epoch in run.epochs(head_epochs + args.epochs, len(loader), lambda: {"top1": top1(student)}):
         lr = optimizer.param_groups[0]["lr"] = step_lr(args.lr, epoch - head_epochs, args.epochs, args.milestones)
-        for (images,), labels in loader.batches(step, stop):
-            if step == 0:
-                draw_views(run, images, model.rotations)
+        for (images,), labels in run.batches(loader):
             losses = ddp_model(images, labels)
-            learn(losses["loss"])
-            step += 1
-            run.track(step, epoch, losses, lr, epoch_ends=step % len(loader) == 0 or step == stop)
-        run.save(step)
+            step(losses["loss"])
+            run.track(losses, lr)
     run.finish(student.plain())
     if common.rank() == 0:
-        print(f"{args.student}: {top1:.2f} % of the validation images are told right")
+        print(f"{args.student}: top-1 accuracy {run.metrics['top1']:.2f} % on the validation images")
 
 
 def load_teacher(args, num_classes):
@@ -274,11 +298,6 @@ def accuracy(network, dataset, size, args, device):
     features, labels = common.extract_features(network, dataset, size, args.batch_size, args.workers, device)
     right = network.classifier(features).argmax(dim=1) == common.local_share(labels)
     return 100 * common.all_reduce(right.sum()).item() / (labels >= 0).sum().item()
-
-
-def draw_views(run, images, rotations):
-    """views.png: eight images, a row for each rotation. images: (rotations * N, 3, size, size)."""
-    run.draw_views(*images.unflatten(0, (-1, rotations)).unbind(dim=1))
 
 
 # Defaults for the small sets, the released code's, and for folders, those of torchdistill's run on ImageNet. Milestones

@@ -26,6 +26,7 @@ import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +41,7 @@ from disco import DisCo
 from linear_eval import CachedBatches, FrozenBatches, Probe
 from moco_v2 import MoCo
 from seed import seed_loss
-from sskd import SSKD
+from sskd import SSKD, rotate_and_crop
 
 CPU = torch.device("cpu")
 
@@ -218,7 +219,7 @@ def sskd_step(teacher, student, steps=20, batch_size=64):
     model.teacher_head.requires_grad_(False)
     learning = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(learning, 0.05, momentum=0.9, weight_decay=5e-4, fused=True)
-    view = common.View(32, color=False, padding=4, rotations=4)
+    view = common.View(32, None, partial(rotate_and_crop, rotations=4, padding=4))
     loader = common.Loader(drawn, [view], batch_size, 0, 0, CPU)
     pil = torch.utils.data.DataLoader(PilRotations(drawn), batch_size, shuffle=True, num_workers=2,
                                       persistent_workers=True)  # fmt: skip
@@ -246,7 +247,7 @@ def probe_rates(arch="resnet18", size=96, batch_size=64, steps=4, classes=1000):
     torch.set_num_threads(1)
     drawn, _ = common.load_dataset(f"shapes:{steps * batch_size}", None, "train", CPU, size)
     encoder = common.Encoder(common.build_backbone(arch, size), torch.nn.Identity()).eval()
-    view = common.View(size, scale=(0.08, 1.0), color=False)
+    view = common.View(size, scale=(0.08, 1.0), augment=None)
     loader = common.Loader(drawn, [view], batch_size, 0, 0, CPU)
 
     def probing(rates):

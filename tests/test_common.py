@@ -1,15 +1,18 @@
 """Data, augmentation, networks, teacher files, processes and runs."""
 
 import argparse
+import io
 import json
-import re
+import struct
+import time
+import zlib
 
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 import torchvision
-from conftest import GOLDEN, ROOT, golden_fill, on_processes
+from conftest import GOLDEN, golden_fill, on_processes
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as TF
 
@@ -83,8 +86,8 @@ def test_blur_is_torchvisions(size):
 
 def test_color_augmentation_is_torchvisions_image_by_image():
     """Whole chain on uint8 values: order, which images are touched, grey and blur; within a step of 1/255."""
-    images = (random_images(64, 24, 24) * 255).round() / 255
-    parameters = common.draw_color(np.random.default_rng(2), 64, 224)
+    images = (random_images(64, 96, 96) * 255).round() / 255
+    parameters = common.draw_color(np.random.default_rng(2), 64, 96)
     operations = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
     expected = []
     for i, image in enumerate(images):
@@ -94,9 +97,9 @@ def test_color_augmentation_is_torchvisions_image_by_image():
         if parameters["grey"][i]:
             image = TF.rgb_to_grayscale(image, num_output_channels=3)
         if parameters["blur"][i]:
-            image = TF.gaussian_blur(image, [3, 3], [parameters["sigma"][i]] * 2)
+            image = TF.gaussian_blur(image, [7, 7], [parameters["sigma"][i]] * 2)
         expected.append(image)
-    ours = common.augment_color(images.clone(), **parameters)
+    ours = common.augment_color(images.clone(), np.random.default_rng(2))
     assert (ours - torch.stack(expected)).abs().max() <= 1 / 255
     untouched = ~(parameters["jitter"] | parameters["grey"] | parameters["blur"])
     assert untouched.any() and torch.equal(ours[untouched], images[untouched])
@@ -115,55 +118,6 @@ def test_color_parameters_have_the_papers_distribution():
     assert len(orders) == 24 and counts.min() > 0.8 * n / 24
     small = common.draw_color(np.random.default_rng(3), n, 32)["sigma"]
     np.testing.assert_allclose(small, drawn["sigma"] * 32 / 224)
-
-
-def test_rotations_are_counter_clockwise_and_four_in_a_row():
-    images = random_images(3, 5, 5)
-    rows = common.rotate(images, 4)
-    for i, image in enumerate(images):
-        for k in range(4):
-            expected = np.rot90(image.permute(1, 2, 0).numpy(), k)
-            np.testing.assert_array_equal(rows[4 * i + k].permute(1, 2, 0).numpy(), expected)
-
-
-def test_padded_crops_are_torchvisions():
-    images, offsets = random_images(25, 6, 7), np.stack(np.divmod(np.arange(25), 5), axis=1)
-    for image, (top, left), ours in zip(images, offsets, common.pad_and_crop(images, offsets, 2), strict=True):
-        torch.testing.assert_close(ours, TF.crop(TF.pad(image, [2]), top, left, 6, 7), rtol=0, atol=0)
-
-
-def padded_and_rotated():
-    """Two batches of four rotations each, as bytes, with every image's number as its label."""
-    images = torch.randint(0, 256, (40, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    dataset = common.ArrayDataset(images, torch.arange(40), 40, torch.device("cpu"), ((0, 0, 0), (1, 1, 1)))
-    view = common.View(8, color=False, padding=2, rotations=4)
-    loader = common.Loader(dataset, [view], 12, 5, 0, torch.device("cpu"))
-    return images, [((255 * rows[0]).round().byte(), labels) for rows, labels in loader.batches(0, 2)]
-
-
-def test_rotations_share_the_flip_and_each_has_its_own_crop():
-    images, batches = padded_and_rotated()
-    flips, offsets = [], []
-    for rows, labels in batches:
-        for row, label in zip(rows.unflatten(0, (-1, 4)), labels, strict=True):
-            found = []
-            for flip in (False, True):
-                image = images[label].flip(2) if flip else images[label]
-                padded = [TF.pad(image.rot90(k, (1, 2)), [2]) for k in range(4)]
-                crops = [{at: padded[k][:, at // 5 :, at % 5 :][:, :8, :8] for at in range(25)} for k in range(4)]
-                places = [[at for at in crops[k] if torch.equal(crops[k][at], row[k])] for k in range(4)]
-                found += [(flip, [place[0] for place in places])] if all(places) else []
-            assert len(found) == 1
-            flips.append(found[0][0])
-            offsets += found[0][1]
-    assert 6 <= sum(flips) <= 18 and len(set(offsets)) > 15  # of 24 and 25
-    assert any(len(set(offsets[i : i + 4])) > 1 for i in range(0, len(offsets), 4))
-
-
-def test_rotations_are_the_same_for_any_number_of_processes(on_two):
-    for step, (rows, labels) in enumerate(padded_and_rotated()[1]):
-        assert torch.equal(rows, torch.cat([results["rotations"][step][0] for results in on_two]))
-        assert torch.equal(labels, torch.cat([results["rotations"][step][1] for results in on_two]))
 
 
 # ----------------------------------------------------------------------------------------------------------------- Data
@@ -187,7 +141,7 @@ def test_few_labels_are_balanced_and_fixed_by_the_seed(image_folder):
 
 def loaded(dataset, batch_size, workers=0, step=0, stop=3):
     """Views and labels of the first steps, all in one tensor each."""
-    views = [common.View(32), common.View(24, (0.05, 0.14), color=False)]
+    views = [common.View(32), common.View(24, (0.05, 0.14), augment=None)]
     loader = common.Loader(dataset, views, batch_size, seed=5, workers=workers, device=CPU)
     batches = list(loader.batches(step, stop))
     return [torch.cat([views[i] for views, _ in batches]) for i in (0, 1)], torch.cat([labels for _, labels in batches])
@@ -201,13 +155,14 @@ def loaded_shapes():
     return loaded(common.load_dataset("shapes:48", None, "train", CPU)[0], 12)
 
 
-def results_of_a_process(image_folder, broken_folder):
+def results_of_a_process(image_folder, broken_folder, folder):
     """What the tests below compare, from one process: two of them are started once for all these tests."""
     return {
         "files": loaded_folder(image_folder),
         "broken files": loaded_folder(broken_folder),
         "shapes": loaded_shapes(),
-        "rotations": padded_and_rotated()[1],
+        "listings": listings(image_folder),
+        "fetches": fetches(folder),
         "dealt": dealt(),
         "own statistics": features_after_own_batches(),
         "features": features_of_shapes(),
@@ -216,7 +171,8 @@ def results_of_a_process(image_folder, broken_folder):
 
 @pytest.fixture(scope="module")
 def on_two(tmp_path_factory, image_folder, broken_folder):
-    return on_processes(2, results_of_a_process, tmp_path_factory.mktemp("on_two"), image_folder, broken_folder)
+    folder = tmp_path_factory.mktemp("on_two")
+    return on_processes(2, results_of_a_process, folder, image_folder, broken_folder, folder)
 
 
 @pytest.mark.parametrize("name", ["files", "broken files", "shapes"])
@@ -257,15 +213,85 @@ def test_folder_decodes_every_kind_of_file_and_crops_for_evaluation(image_folder
 
     dataset = common.FolderDataset(image_folder / "train")
     assert len(dataset) == 16 and dataset.num_classes == 2 and dataset.classes == ["ant", "bee"]
-    (images,), labels, unreadable = dataset[
-        common.BatchRequest(np.arange(16), [common.View(28, scale=None)], None, None)
-    ]
+    (images,), labels, unreadable = dataset[common.BatchRequest(np.arange(16), [common.View(28)])]
     assert images.dtype == torch.uint8 and images.shape == (16, 3, 28, 28) and labels.tolist() == [0] * 8 + [1] * 8
     assert not unreadable
     for i, image in enumerate(images):
         rgb = TF.pil_to_tensor(Image.open(dataset.path(i)).convert("RGB"))
         expected = TF.center_crop(TF.resize(rgb, [32], antialias=True), [28, 28])
         assert (image.int() - expected.int()).abs().max() <= 1, dataset.path(i)
+
+
+def listings(root):
+    """What this process lists, finds and shares, with both processes on one machine and then on one each."""
+    lister, calls, results = torchvision.datasets.ImageFolder, [], []
+
+    def counting(root):
+        calls.append(root)
+        return lister(root)
+
+    for local_rank in (common.rank(), 0):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("LOCAL_RANK", str(local_rank))
+            patch.setattr(torchvision.datasets, "ImageFolder", counting)
+            calls.clear()
+            common.list_folder.cache_clear()
+            datasets = [common.FolderDataset(root / split) for split in ("train", "val", "train")]
+            found = [datasets[0].path(i) for i in range(16)], datasets[0].labels.tolist(), datasets[0].classes
+            common.gather(torch.zeros(1))
+            datasets[0].paths[common.rank()] = 0  # the others see this if they share the memory
+            common.gather(torch.zeros(1))
+            results.append((len(calls), found, [datasets[2].path(i) == "" for i in range(3)]))
+    common.list_folder.cache_clear()
+    return results
+
+
+def test_a_folder_is_listed_once_a_machine_in_torchvisions_order(on_two, image_folder):
+    theirs = torchvision.datasets.ImageFolder(image_folder / "train")
+    expected = [path for path, _ in theirs.samples], theirs.targets, theirs.classes
+    machine, machines = zip(*(results["listings"] for results in on_two), strict=True)
+    assert machine == ((2, expected, [True, True, False]), (0, expected, [True, True, False]))
+    assert machines == ((2, expected, [True, False, False]), (2, expected, [False, True, False]))
+
+
+def change_a_path(dataset):
+    dataset.paths[0] = 0
+
+
+@pytest.mark.parametrize("start", ["spawn", "forkserver"])
+def test_paths_are_not_copied_into_workers(start, image_folder):
+    common.list_folder.cache_clear()
+    dataset = common.FolderDataset(image_folder / "train")
+    worker = torch.multiprocessing.get_context(start).Process(target=change_a_path, args=(dataset,))
+    worker.start()
+    worker.join()
+    assert dataset.path(0) == "" and dataset.path(1).endswith("ant/1.JPEG")
+    common.list_folder.cache_clear()
+
+
+def fetches(folder):
+    """Names of the folders that this process fetches a set into: of one machine, shared by two, and one for each."""
+    fetched = []
+
+    def opener(root, download=False, **options):
+        if download and not root.exists():
+            time.sleep(0.2)
+            root.mkdir()
+            fetched.append(root.name)
+        assert root.exists()
+        return argparse.Namespace(data=np.zeros((1, 32, 32, 3), np.uint8), targets=[0])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torchvision.datasets, "CIFAR10", opener)
+        common.load_small_set("cifar10", folder / "one machine", "train")
+        patch.setenv("LOCAL_RANK", "0")
+        common.load_small_set("cifar10", folder / "shared", "train")
+        common.load_small_set("cifar10", folder / f"of machine {common.rank()}", "train")
+    return fetched
+
+
+def test_one_process_fetches_a_small_set_and_others_what_they_cannot_see(on_two):
+    assert [results["fetches"] for results in on_two] == [["one machine", "shared", "of machine 0"], ["of machine 1"]]
 
 
 def test_an_image_of_16_bits_keeps_its_grey_levels(tmp_path):
@@ -276,6 +302,48 @@ def test_an_image_of_16_bits_keeps_its_grey_levels(tmp_path):
     image = common.read_image(str(tmp_path / "deep.png"))
     assert image.dtype == torch.uint8 and image.shape == (3, 30, 40)
     assert abs(image[0].numpy() - deep / 257).max() <= 1
+
+
+def png(levels, kind, transparent=None):
+    """A PNG file, byte for byte: levels (H, W, channels) of uint8 or uint16, PNG's colour type, its tRNS chunk."""
+
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    height, width, _ = levels.shape
+    header = struct.pack(">IIBBBBB", width, height, 8 * levels.itemsize, kind, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(levels.dtype.newbyteorder(">")).tobytes() for row in levels)
+    chunks = chunk(b"IHDR", header) + (chunk(b"tRNS", transparent) if transparent else b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_transparent_pixels_are_white_and_an_animation_is_its_first_frame(bits, tmp_path):
+    from PIL import Image
+
+    dtype, full = {8: np.uint8, 16: np.uint16}[bits], 2**bits - 1
+    color = np.full((1, 4, 3), [full, 0, full // 5], dtype)  # under all of the pixels, the transparent ones too
+    alpha = np.array([full, full // 5 * 3, full // 5, 0], dtype).reshape(1, 4, 1)
+    covered = np.array([1, 0.6, 0.2, 0])
+    expected = 255 * (covered * [[1], [0], [0.2]] + 1 - covered)
+    grey = np.array([full, full // 5, 0, 0], dtype).reshape(1, 4, 1)
+    files = {
+        "rgba": (png(np.concatenate([color, alpha], axis=2), 6), expected),
+        "grey and alpha": (png(np.concatenate([color[..., 1:2], alpha], axis=2), 4), expected[[1]].repeat(3, 0)),
+        "grey with a transparent level": (png(grey, 0, b"\0\0"), [[255, 51, 255, 255]] * 3),
+    }
+    palette = Image.fromarray(np.array([[0, 1, 2, 2]], np.uint8), "P")
+    palette.putpalette([255, 0, 51, 0, 0, 0, 9, 9, 9])
+    for suffix, save in {"png": {}, "gif": {"save_all": True, "append_images": [palette.rotate(180)]}}.items():
+        buffer = io.BytesIO()
+        palette.save(buffer, suffix, transparency=2, **save)
+        files[suffix] = buffer.getvalue(), [[255, 0, 255, 255], [0, 0, 255, 255], [51, 0, 255, 255]]
+    for name, (content, pixels) in files.items():
+        path = tmp_path / f"{name}.jpg"  # the content counts, not the name
+        path.write_bytes(content)
+        image = common.read_image(str(path))
+        assert image.dtype == torch.uint8 and image.shape == (3, 1, 4), name
+        assert np.abs(image[:, 0].numpy() - np.array(pixels)).max() <= 1, name
 
 
 def test_shapes_are_balanced_repeatable_and_not_solved_by_pixels():
@@ -417,27 +485,6 @@ def test_a_labelled_file_without_a_classifier_or_with_another_is_refused(tmp_pat
         common.load_classifier(tmp_path / "seven.pth", num_classes=10)
     with pytest.raises(common.UserError, match="squeezenet1_1"):
         common.build_classifier("squeezenet1_1", 10)
-
-
-def test_readmes_lines_use_the_result(tmp_path, monkeypatch):
-    """What a run leaves is a plain network: for torchvision, for a detector, for torch.export."""
-    monkeypatch.chdir(tmp_path)
-    for folder, arch in (("disco", "efficientnet_b0"), ("resnet18", "resnet18")):
-        (tmp_path / "runs" / folder).mkdir(parents=True)
-        torch.save(common.build_backbone(arch).state_dict(), tmp_path / "runs" / folder / "backbone.pth")
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    names = {}
-    for block in blocks:
-        exec(block, names)
-    assert len(blocks) == 3 and names["left"].missing_keys == ["classifier.1.weight", "classifier.1.bias"]
-    assert not names["left"].unexpected_keys and names["logits"].shape == (5, 10)
-    names["detector"].eval()([torch.rand(3, 64, 64)])
-    told = re.search(r"EfficientNet-B0 of ([\d,]+) .*?ResNet-50 of ([\d,]+) or a ResNet-101 of ([\d,]+),",
-                     (ROOT / "README.md").read_text().replace("\n", " "))  # fmt: skip
-    for arch, count in zip(("efficientnet_b0", "resnet50", "resnet101"), told.groups(), strict=True):
-        with torch.device("meta"):
-            parameters = sum(p.numel() for p in common.build_backbone(arch).parameters())
-        assert f"{parameters:,}" == count
 
 
 def test_vgg_of_small_images_is_cifars():

@@ -140,7 +140,7 @@ def test_released_teacher_on_jpeg_files(tmp_path, image_folder, released_file, c
     run(f"{line} {tmp_path}/parts --max-steps 3")
     (tmp_path / "parts" / "eval.json").unlink()
     run(f"{line} {tmp_path}/parts")
-    assert "going on from step 3" in capsys.readouterr().err
+    assert "continuing from step 3" in capsys.readouterr().err
     first, second = (json.loads((tmp_path / f / "eval.json").read_text()) for f in ("whole", "parts"))
     assert first == second
 

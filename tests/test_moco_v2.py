@@ -101,7 +101,6 @@ def test_script_from_end_to_end(tmp_path):
         "log.jsonl",
         "views.png",
         "checkpoint.pth",
-        "checkpoint.before.pth",
         "backbone.pth",
         ".lock",
     }
@@ -121,6 +120,6 @@ def test_script_from_end_to_end(tmp_path):
     assert json.loads((whole / "config.json").read_text())["arguments"]["queue_size"] == 50
 
     again = run_script(f"{line} {whole}")
-    assert "going on from step 6" in again.stderr and len((whole / "log.jsonl").read_text().splitlines()) == 4
+    assert "continuing from step 6" in again.stderr and len((whole / "log.jsonl").read_text().splitlines()) == 4
     backbone = common.build_backbone("resnet8", 16)
     backbone.load_state_dict(torch.load(whole / "backbone.pth", weights_only=True))

@@ -11,8 +11,7 @@ import time
 import faults
 import pytest
 import torch
-import torch.distributed as dist
-from conftest import free_port, on_processes, run, run_script, start_script, told
+from conftest import free_port, run, run_script, start_script, told
 
 import common
 
@@ -116,7 +115,7 @@ def test_torchrun_stops_and_brings_back(tmp_path, on_two):
     wait_for(ready)
     os.kill(worker_of(out), signal.SIGKILL)
     _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0 and "going on from step" in errors and "Traceback" not in errors
+    assert process.returncode == 0 and "continuing from step" in errors and "Traceback" not in errors
     assert_same_outcome(whole, out)
 
 
@@ -134,7 +133,9 @@ def test_two_agents_go_on_after_one_was_killed(tmp_path, on_two):
     time.sleep(2)  # it keeps the meeting point, and so lives on
     second = start_script(f"{line} {out}", processes=1, launch=launch)
     wait_for(ready)
-    second.kill()  # the agent alone: its process finds itself without
+    workers = subprocess.run(["pgrep", "-P", str(second.pid)], capture_output=True, text=True).stdout.split()
+    for process in (second.pid, *map(int, workers)):  # the agent first, so that it starts no other worker
+        os.kill(process, signal.SIGKILL)
     third = start_script(f"{line} {out}", processes=1, launch=launch)
     for agent in (first, third):
         _, errors = agent.communicate(timeout=200)
@@ -143,31 +144,12 @@ def test_two_agents_go_on_after_one_was_killed(tmp_path, on_two):
     assert_same_outcome(whole, out)
 
 
-def meet_again(port, late):
-    """Meet in a store in which an earlier start left its traces, `late` a second after the other."""
-    store = dist.TCPStore("127.0.0.1", port, 2, common.rank() == 0)
-    if common.rank() == 0:
-        for name in ("name", "old/1", "old/answer", "at 0", "at 1", "old/at 0", "old/at 1"):
-            store.set(name, {"name": "old", "old/1": "answer"}.get(name, "gone"))
-    dist.barrier()
-    time.sleep(common.rank() == late)
-    fresh = common.fresh_store(store)
-    fresh.set(f"at {common.rank()}", "here")
-    met = fresh.get(f"at {1 - common.rank()}")
-    dist.barrier()
-    return met == b"here"
-
-
-@pytest.mark.parametrize("late", [0, 1])
-def test_processes_meet_where_an_earlier_start_left_its_traces(late, tmp_path):
-    assert on_processes(2, meet_again, tmp_path, free_port(), late) == [True, True]
-
-
-def test_one_failing_process_ends_all_and_alone_tells(tmp_path):
+def test_if_one_process_fails_all_exit_and_the_cause_is_printed_once(tmp_path):
     script = tmp_path / "fails.py"
     script.write_text(
         "import sys, torch, common\n"
         "def main():\n"
+        "    common.init_device(0)\n"
         "    if common.rank() == 1:\n"
         "        raise ValueError('odd')\n"
         "    for _ in range(10**6):\n"
@@ -188,7 +170,7 @@ def test_one_failing_process_ends_all_and_alone_tells(tmp_path):
 
 @pytest.fixture
 def half_run(tmp_path):
-    """Folder of a run with one of its two epochs done, in which checkpoint.before.pth is of its start."""
+    """Folder of a run with one of its two epochs done."""
     out = tmp_path / "run"
     run(f"{MOCO} --epochs 2 --out {out} --max-steps 4")
     return out
@@ -204,27 +186,17 @@ DAMAGES = {
     "cut off": lambda path: os.truncate(path, path.stat().st_size // 2),
     "empty": lambda path: os.truncate(path, 0),
     "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
-    "missing": lambda path: path.unlink(),
     "a bit": flip_a_bit,
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(damage, tmp_path, half_run, capfd):
-    run(f"{MOCO} --epochs 2 --out {tmp_path}/whole")
-    DAMAGES[damage](half_run / "checkpoint.pth")
-    capfd.readouterr()
-    run(f"{MOCO} --epochs 2 --out {half_run}")
-    warning = [line for line in told(capfd.readouterr().err) if line.startswith("warning")]
-    assert len(warning) == 1 and f"{half_run}/checkpoint.pth" in warning[0] and "the one before" in warning[0]
-    assert_same_outcome(tmp_path / "whole", half_run)
-
-
-def test_two_damaged_checkpoints_are_refused_and_left(half_run, capfd):
-    for name in ("checkpoint.pth", "checkpoint.before.pth"):
-        os.truncate(half_run / name, 5000)
-    assert "checkpoint.before.pth" in refused(f"{MOCO} --epochs 2 --out {half_run}", capfd)
-    assert (half_run / "checkpoint.pth").stat().st_size == 5000
+def test_a_damaged_checkpoint_is_refused_and_left(damage, half_run, capfd):
+    path = half_run / "checkpoint.pth"
+    DAMAGES[damage](path)
+    content = path.read_bytes()
+    assert f"{path} is not a readable checkpoint" in refused(f"{MOCO} --epochs 2 --out {half_run}", capfd)
+    assert path.read_bytes() == content
 
 
 class Code:
@@ -292,7 +264,8 @@ def test_another_data_set_and_another_teacher_are_refused(tmp_path, image_folder
     assert f"content of {tmp_path}/teacher.pth" in refused(line, capfd)
 
 
-def test_machines_that_do_not_share_the_folder_are_refused(tmp_path):
+def test_only_rank_0_reads_and_writes_the_folder(tmp_path):
+    """Machines need no common folder, and an outdated view of a network disk does not matter."""
     script = tmp_path / "apart.py"
     script.write_text(
         "import os, common, moco_v2\nos.chdir(os.environ.get('RANK', '0'))\ncommon.run_script(moco_v2.main)\n"
@@ -300,9 +273,13 @@ def test_machines_that_do_not_share_the_folder_are_refused(tmp_path):
     for folder in "01":
         (tmp_path / folder).mkdir()
     line = f"{script} {MOCO.partition(' ')[2]} --epochs 2 --out run"
-    run_script(f"{line} --max-steps 4", cwd=tmp_path)
-    done = run_script(line, processes=2, cwd=tmp_path, check=False)
-    assert done.returncode != 0 and done.stderr.count("--out run must be one folder") == 1
+    run_script(f"{line} --max-steps 4", processes=2, cwd=tmp_path)
+    (tmp_path / "1" / "run").mkdir()
+    (tmp_path / "1" / "run" / "checkpoint.pth").write_bytes(b"outdated")
+    run_script(line, processes=2, cwd=tmp_path)
+    assert [path.name for path in (tmp_path / "1" / "run").iterdir()] == ["checkpoint.pth"]
+    run_script(f"{MOCO} --epochs 2 --out {tmp_path}/whole", processes=2)
+    assert_same_outcome(tmp_path / "whole", tmp_path / "0" / "run")
 
 
 # -------------------------------------------------------------------------------------------------- Numbers and images
@@ -320,43 +297,61 @@ def test_a_number_that_is_not_finite_stops_the_run(processes, tmp_path):
 
 @pytest.fixture
 def bare_run(tmp_path, monkeypatch):
-    """A run around one linear layer, which logs every five steps; and the layer."""
+    """A run around one linear layer, which logs every five steps, in its first epoch of ten; and the layer."""
     monkeypatch.setattr(common, "LOG_EVERY", 5)
     layer = torch.nn.Linear(2, 2)
-    args = argparse.Namespace(out=str(tmp_path / "run"), tensorboard=False, checkpoint_minutes=1e9, max_bad_images=0)
+    args = argparse.Namespace(
+        out=str(tmp_path / "run"), tensorboard=False, checkpoint_minutes=1e9, max_bad_images=0, max_steps=None,
+        batch_size=4,
+    )  # fmt: skip
     bare = common.Run("bare", args)
     bare.resume(layer, torch.optim.SGD(layer.parameters(), 0.1), torch.amp.GradScaler("cpu"))
-    bare.start_bar(0, 10, 4)
+    start_epoch(bare)
     return bare, layer
+
+
+class Numbers:
+    """A loader whose batches are their steps."""
+
+    def batches(self, step, stop):
+        yield from ((number, None) for number in range(step, stop))
+
+
+def start_epoch(bare):
+    """Begin or continue the bare run's epoch."""
+    next(bare.epochs(1, 10))
+    next(bare.batches(Numbers()))
 
 
 def test_the_first_loss_that_is_not_finite_is_named(bare_run):
     bare, _ = bare_run
-    for step, loss in enumerate([1.0, 2.0, float("inf"), 4.0], 1):
-        bare.track(step, 0, {"loss": torch.tensor(loss)}, 0.1, epoch_ends=False)
+    for loss in [1.0, 2.0, float("inf"), 4.0]:
+        bare.track({"loss": torch.tensor(loss)}, 0.1)
     with pytest.raises(common.UserError, match="a loss is not finite at step 3, epoch 0, learning rate"):
-        bare.track(5, 0, {"loss": torch.tensor(5.0)}, 0.1, epoch_ends=False)
-    assert common.load_file(bare.path)["step"] == 0 and not log_of(bare.folder)
+        bare.track({"loss": torch.tensor(5.0)}, 0.1)
+    assert common.load_file(bare.folder / "checkpoint.pth")["step"] == 0 and not log_of(bare.folder)
 
 
 def test_a_weight_that_is_not_finite_is_not_saved(bare_run):
     bare, layer = bare_run
-    bare.track(1, 0, {"loss": torch.tensor(1.0)}, 0.1, epoch_ends=False)
+    bare.track({"loss": torch.tensor(1.0)}, 0.1)
     layer.weight.data[0, 0] = float("nan")
     with pytest.raises(common.UserError, match="a weight is not finite at step 1"):
-        bare.save(1)
-    assert common.load_file(bare.path)["step"] == 0
+        bare.save()
+    assert common.load_file(bare.folder / "checkpoint.pth")["step"] == 0
 
 
 def test_losses_between_two_lines_of_the_log_are_kept_with_the_checkpoint(bare_run):
     bare, _ = bare_run
     for step in range(1, 4):
-        bare.track(step, 0, {"loss": torch.tensor(float(step))}, 0.1, epoch_ends=False)
-    bare.save(3)
-    bare.track(4, 0, {"loss": torch.tensor(100.0)}, 0.1, epoch_ends=True)
-    assert bare.resume(*bare.state) == 3
+        bare.track({"loss": torch.tensor(float(step))}, 0.1)
+    bare.save()
+    bare.track({"loss": torch.tensor(100.0)}, 0.1)
+    bare.resume(*bare.state)
+    assert bare.step == 3
+    start_epoch(bare)
     for step in range(4, 6):
-        bare.track(step, 0, {"loss": torch.tensor(float(step))}, 0.1, epoch_ends=False)
+        bare.track({"loss": torch.tensor(float(step))}, 0.1)
     assert [(line["step"], line["loss"]) for line in log_of(bare.folder)] == [(5, 3.0)]
 
 
@@ -371,7 +366,7 @@ def test_unreadable_images_are_replaced_named_once_and_counted(tmp_path, broken_
     run(f"{line} --max-steps 4")
     assert len(told(capfd.readouterr().err)) == 4
     run(line)
-    assert len(told(capfd.readouterr().err)) == 1  # that it goes on: they are named once
+    assert len(told(capfd.readouterr().err)) == 1  # that it continues: they are named once
     named = [values["unreadable"] for values in log_of(tmp_path / "run") if "unreadable" in values]
     assert len(named) == 4 and {name.removeprefix(f"{broken_folder}/") for name in named} == BAD
     assert "--max-bad-images" in refused(f"{line}2 --max-bad-images 3", capfd)
@@ -396,13 +391,13 @@ def test_evaluation_leaves_unreadable_images_out(broken_folder):
     assert torch.equal(labels[kept], val.labels[kept])
 
 
-def test_a_signal_waits_for_the_step_and_stops_at_once_where_all_is_saved(bare_run):
+def test_a_signal_waits_for_the_step_and_stops_at_once_if_everything_is_saved(bare_run):
     bare, _ = bare_run
-    bare.track(1, 0, {"loss": torch.tensor(1.0)}, 0.1, epoch_ends=True)
+    bare.track({"loss": torch.tensor(1.0)}, 0.1)
     os.kill(os.getpid(), signal.SIGTERM)
     with pytest.raises(common.Stopped, match="by SIGTERM"):
-        bare.save(1)
-    assert common.load_file(bare.path)["step"] == 1
-    with pytest.raises(common.Stopped, match="by SIGUSR1"):  # as in a probe between epochs
+        bare.track({"loss": torch.tensor(1.0)}, 0.1)
+    assert common.load_file(bare.folder / "checkpoint.pth")["step"] == 2
+    with pytest.raises(common.Stopped, match="by SIGUSR1"):  # as during an evaluation between epochs
         os.kill(os.getpid(), signal.SIGUSR1)
         time.sleep(1)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn as nn
 from conftest import GOLDEN, GoldenBackbone, on_processes, run, run_script
+from torchvision.transforms.v2 import functional as TF
 
 import common
 import sskd
@@ -59,6 +60,49 @@ def test_ties_in_the_error_level_are_broken_in_a_fixed_order():
     assert loss == 0
 
 
+def test_rotations_are_counter_clockwise_and_four_in_a_row():
+    images = torch.rand(3, 3, 5, 5)
+    rows = sskd.rotate(images, 4)
+    for i, image in enumerate(images):
+        for k in range(4):
+            expected = np.rot90(image.permute(1, 2, 0).numpy(), k)
+            np.testing.assert_array_equal(rows[4 * i + k].permute(1, 2, 0).numpy(), expected)
+
+
+def test_padded_crops_are_torchvisions():
+    images, offsets = torch.rand(25, 3, 6, 7), np.stack(np.divmod(np.arange(25), 5), axis=1)
+    for image, (top, left), ours in zip(images, offsets, sskd.pad_and_crop(images, offsets, 2), strict=True):
+        torch.testing.assert_close(ours, TF.crop(TF.pad(image, [2]), top, left, 6, 7), rtol=0, atol=0)
+
+
+def padded_and_rotated():
+    """Two batches of four rotations each, as bytes, with every image's number as its label."""
+    images = torch.randint(0, 256, (40, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    dataset = common.ArrayDataset(images, torch.arange(40), 40, torch.device("cpu"), ((0, 0, 0), (1, 1, 1)))
+    view = common.View(8, None, partial(sskd.rotate_and_crop, rotations=4, padding=2))
+    loader = common.Loader(dataset, [view], 12, 5, 0, torch.device("cpu"))
+    return images, [((255 * rows[0]).round().byte(), labels) for rows, labels in loader.batches(0, 2)]
+
+
+def test_rotations_share_the_flip_and_each_has_its_own_crop():
+    images, batches = padded_and_rotated()
+    flips, offsets = [], []
+    for rows, labels in batches:
+        for row, label in zip(rows.unflatten(0, (-1, 4)), labels, strict=True):
+            found = []
+            for flip in (False, True):
+                image = images[label].flip(2) if flip else images[label]
+                padded = [TF.pad(image.rot90(k, (1, 2)), [2]) for k in range(4)]
+                crops = [{at: padded[k][:, at // 5 :, at % 5 :][:, :8, :8] for at in range(25)} for k in range(4)]
+                places = [[at for at in crops[k] if torch.equal(crops[k][at], row[k])] for k in range(4)]
+                found += [(flip, [place[0] for place in places])] if all(places) else []
+            assert len(found) == 1
+            flips.append(found[0][0])
+            offsets += found[0][1]
+    assert 6 <= sum(flips) <= 18 and len(set(offsets)) > 15  # of 24 and 25
+    assert any(len(set(offsets[i : i + 4])) > 1 for i in range(0, len(offsets), 4))
+
+
 def tiny_model(weights=WEIGHTS):
     torch.manual_seed(0)
     student, teacher = (common.Classifier(GoldenBackbone(width), nn.Linear(2 * width, 5)) for width in (4, 6))
@@ -78,7 +122,7 @@ def train(model, parameters, loss_of, steps=3):
     history = []
     for step in range(steps):
         images, labels = map(common.local_share, tiny_batch(step))
-        losses = loss_of(common.rotate(images, model.rotations), labels)
+        losses = loss_of(sskd.rotate(images, model.rotations), labels)
         optimizer.zero_grad()
         losses["loss"].backward()
         optimizer.step()
@@ -118,10 +162,18 @@ def all_shares():
     return {name: share() for name, share in SHARES.items()}
 
 
+def all_shares_and_rotations():
+    return all_shares(), padded_and_rotated()[1]
+
+
 def test_losses_and_weights_are_those_of_one_process(tmp_path):
-    """Ranks, similarities and means are over the whole batch: three processes give what one gives."""
-    alone = all_shares()
-    for results in on_processes(3, all_shares, tmp_path):
+    """Ranks, similarities and means are over the whole batch: three processes give what one gives. So do the images."""
+    alone, batches = all_shares_and_rotations()
+    on_three = on_processes(3, all_shares_and_rotations, tmp_path)
+    for step, (rows, labels) in enumerate(batches):
+        assert torch.equal(rows, torch.cat([parts[step][0] for _, parts in on_three]))
+        assert torch.equal(labels, torch.cat([parts[step][1] for _, parts in on_three]))
+    for results, _ in on_three:
         for name, (history, state) in results.items():
             for step, alone_step in zip(history, alone[name][0], strict=True):
                 assert step == pytest.approx(alone_step, rel=1e-4), name
@@ -140,7 +192,7 @@ def test_gradients_reach_the_student_and_its_head_alone():
     model.teacher_head.requires_grad_(False)
     images, labels = tiny_batch(0)
     before = {name: value.clone() for name, value in model.teacher.state_dict().items()}
-    model.train()(common.rotate(images, 4), labels)["loss"].backward()
+    model.train()(sskd.rotate(images, 4), labels)["loss"].backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == name.startswith("student"), name
     for name, value in model.teacher.state_dict().items():

@@ -1,0 +1,116 @@
+"""README and docs: Python blocks run, command lines parse, links lead somewhere."""
+
+import argparse
+import functools
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from torch.distributed.run import get_args_parser
+
+import common
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PROGRAMS = [*ROOT.glob("*.py"), ROOT / "tests" / "faults.py"]
+FLAGS = {flag for file in PROGRAMS for flag in re.findall(r'"(--[\w-]+)"', file.read_text())}
+# Programs print their command line, so that nothing runs.
+SHELL = r"""
+for program in python python3 pip torchrun srun wget curl; do
+    eval "$program() { printf '%q ' $program \"\$@\"; echo; }"
+done
+PATH=/nowhere
+set -eu
+"""
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+
+
+def blocks(page, language):
+    """The page's blocks of code in a language, in their order."""
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def prose(page):
+    """The page's text without blocks of code."""
+    return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def command_lines(page):
+    """Lists of words: every command line of the page's shell blocks, with variables and loops expanded by bash."""
+    script = SHELL + "\n".join(blocks(page, "sh")).replace(". .venv/bin/activate", "true").replace(".venv/bin/", "")
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env={})
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    return [shlex.split(line) for line in done.stdout.splitlines()]
+
+
+@each_page
+def test_command_lines_parse(page, monkeypatch):
+    whole_names = functools.partialmethod(argparse.ArgumentParser.__init__, allow_abbrev=False)
+    monkeypatch.setattr(argparse.ArgumentParser, "__init__", whole_names)
+    for words in command_lines(page):
+        if words[0] == "srun":
+            words = words[1:]
+        if words[0] == "torchrun":
+            launch = get_args_parser().parse_args(words[1:])
+            words = ["python", launch.training_script, *launch.training_script_args]
+        if words[0] != "python" or words[1] == "-m":
+            continue
+        monkeypatch.setattr(sys, "argv", words[1:])
+        args = vars(importlib.import_module(words[1].removesuffix(".py")).parse_args())
+        networks = {args.get(name) for name in ("arch", "student", "teacher_arch", "train_teacher")}
+        assert networks - {None} <= set(common.network_names()), words
+
+
+@each_page
+def test_flags_and_names_in_the_text_exist(page):
+    flags = {flag for code in re.findall(r"`([^`]+)`", prose(page)) for flag in re.findall(r"(?<!\S)--[\w-]+", code)}
+    assert not flags - FLAGS - set(re.findall(r"--[\w-]+", get_args_parser().format_help()))
+    assert not set(re.findall(r"`common\.(?!py`)(\w+)", prose(page))) - vars(common).keys()
+
+
+@each_page
+def test_links_lead_somewhere(page):
+    for target, anchor in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", prose(page)):
+        file = page.parent / target if target else page
+        assert file.exists(), target
+        titles = re.findall(r"^#+ (.*)$", prose(file), flags=re.MULTILINE) if anchor else []
+        anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+        assert not anchor or anchor in anchors, anchor
+    assert page is PAGES[0] or f"](docs/{page.name}" in PAGES[0].read_text(), "README does not link to the page"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.stem)
+def test_python_blocks_run(page, tmp_path, monkeypatch):
+    """With the files that a reader has after the runs which the pages show."""
+    monkeypatch.chdir(tmp_path)
+    teacher = common.Encoder(common.build_backbone("resnet18"), common.mlp_head(512, 512, 128))
+    weights = {
+        "disco/backbone": common.build_backbone("efficientnet_b0").state_dict(),
+        "resnet18/backbone": teacher.backbone.state_dict(),
+        "teacher/checkpoint": {f"encoder.{key}": value for key, value in teacher.state_dict().items()},
+    }
+    for name, state in weights.items():
+        file = tmp_path / "runs" / f"{name}.pth"
+        file.parent.mkdir(parents=True)
+        torch.save(state, file)
+    names = {}
+    for block in blocks(page, "python"):
+        exec(block, names)
+    if page.stem == "README":
+        assert names["keys"].missing_keys == ["classifier.1.weight", "classifier.1.bias"]
+        assert not names["keys"].unexpected_keys and names["logits"].shape == (5, 10)
+        names["detector"].eval()([torch.rand(3, 64, 64)])
+
+
+def test_numbers_of_parameters():
+    counts = r"EfficientNet-B0 of ([\d,]+) .*?ResNet-50 of ([\d,]+) or a ResNet-101 of ([\d,]+),"
+    counts = re.search(counts, PAGES[0].read_text().replace("\n", " ")).groups()
+    for arch, count in zip(("efficientnet_b0", "resnet50", "resnet101"), counts, strict=True):
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in common.build_backbone(arch).parameters())
+        assert f"{parameters:,}" == count
