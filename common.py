@@ -1551,7 +1551,7 @@ def extract_features(encoder, dataset, image_size, batch_size, workers, device):
     return features, gather(labels)
 
 
-KNN_BLOCK = 256, 2**13  # queries of all processes and training images that are compared at a time
+KNN_BLOCK = 128, 2**13  # queries of all processes and training images that are compared at a time
 
 
 def nearest_neighbours(train, queries, k):
@@ -1573,16 +1573,16 @@ def nearest_neighbours(train, queries, k):
     offsets = (numbers.double() * 2**-52).masked_fill(local_share(labels) < 0, torch.inf)
     for own in queries.split(max(1, KNN_BLOCK[0] // world_size())):
         everyones = F.normalize(gather(own), dim=1)
-        blocks = []
+        found = offsets.new_empty(len(everyones), 0), numbers.new_empty(len(everyones), 0)
         for start in range(0, len(features), KNN_BLOCK[1]):
             part = slice(start, start + KNN_BLOCK[1])
             similarity = (everyones @ features[part].T).div_(norms[part]) - offsets[part]
-            blocks.append(nearest(similarity, numbers[part].expand(len(everyones), -1)))
-        of_share = nearest(*(torch.cat(parts, dim=1) for parts in zip(*blocks, strict=True)))
-        # Of the queries of this process, the nearest in every share: (m, world_size * k)
+            block = nearest(similarity, numbers[part].expand(len(everyones), -1))
+            found = nearest(*(torch.cat(pair, dim=1) for pair in zip(found, block, strict=True)))
+        # The queries of this process, and what every share has for them: (m, world_size * k)
         shape = world_size(), world_size(), len(own), -1
-        of_all = (gather(part).view(shape)[:, rank()].transpose(0, 1).flatten(1) for part in of_share)
-        similarity, found = nearest(*of_all)
+        found = (gather(part).view(shape)[:, rank()].transpose(0, 1).flatten(1) for part in found)
+        similarity, found = nearest(*found)
         yield similarity.float(), found
 
 
