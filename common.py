@@ -905,12 +905,10 @@ AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def kaiming_init(network):
-    """Initialise convolutions as He et al. (2015), by the number of outputs and with biases of 0; returns `network`."""
+    """Initialise convolutions as He et al. (2015), by the number of outputs; returns `network`."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
     return network
 
 
@@ -1331,7 +1329,7 @@ def load_backbone(path, arch, image_size=None):
         backbone.image_size = size if isinstance(size, int) else stem_size
     own = {key: state.pop(key) for key in list(state) if key.rpartition(".")[0] == backbone.classifier_name}
     parts["classifier"] = parts["classifier"] or {key.rpartition(".")[2]: value for key, value in own.items()}
-    load_strict(backbone, state, f"{path} as {arch}" if arch else str(path), assign=True)
+    load_strict(backbone, state, f"{path} as {arch or 'a vision transformer'}", assign=True)
     return backbone, parts, layout
 
 
@@ -1525,56 +1523,50 @@ def backbone_shapes(arch, image_size):
     return network.classifier_name, {key: value.shape for key, value in network.state_dict().items()}
 
 
-def load_strict(module, state, what, assign=False):
-    """Load a state dict and raise UserError, naming keys, where one is missing, left over or of another shape.
-
-    With `assign` the module takes the tensors themselves, without a copy.
-    """
-    expected, found = ({key: value.shape for key, value in part.items()} for part in (module.state_dict(), state))
-    if expected != found:
-        raise UserError(f"{what} does not fit; for example {describe_mismatch(expected, found)}")
-    module.load_state_dict(state, assign=assign)
-
-
-def describe_mismatch(expected, found):
-    """Name some keys by which two dicts of {key: shape} differ."""
-    faults = {
-        "missing": expected.keys() - found.keys(),
-        "left over": found.keys() - expected.keys(),
-        "of another shape": {key for key in expected.keys() & found.keys() if expected[key] != found[key]},
-    }
-    return "; ".join(f"{fault}: {', '.join(sorted(keys)[:3])}" for fault, keys in faults.items() if keys)
-
-
 def infer_arch(path, state, arch=None):
-    """Name of the network that a state dict is of, its image size (32 for a small stem), and the dict with its keys.
+    """Name of the network that a state dict is nearest to, image size (32: a small stem), and the dict with its keys.
 
-    The classifier may be missing. Keys that are those of CRD's released files become torchvision's. Raises UserError
-    where no network fits, or where `arch` does not.
+    The classifier may be missing. Keys of CRD's released files become those of `CIFAR_NETWORKS`, in their order. Raises
+    UserError where no network is near; arch: the one to take in any case.
     """
-    nearest = -1, None, None, None
+    best = (-1,)
     names = [arch] if arch else candidates(state)
     stem = state.get("conv1.weight")
     stem_size = 32 if stem is not None and stem.shape[-1] == 3 else 224
     pairs = [(name, stem_size) for name in names if name in TORCHVISION_NETWORKS or name not in CIFAR_NETWORKS]
     for name, image_size in pairs + [(name, 32) for name in names if name in CIFAR_NETWORKS]:
         classifier, expected = backbone_shapes(name, image_size)
-        shapes = {key: value.shape for key, value in state.items() if key.rpartition(".")[0] != classifier}
-        if shapes == expected:
-            return name, image_size, state
-        if name in CIFAR_NETWORKS and list(expected.values()) == list(shapes.values())[: len(expected)]:
-            keys = [*expected, f"{classifier}.weight", f"{classifier}.bias"]
-            if len(keys) - len(state) in (0, 2):
-                return name, image_size, dict(zip(keys, state.values(), strict=False))
+        found, keys = state, [*expected, f"{classifier}.weight", f"{classifier}.bias"]
+        in_order = [value.shape for value in state.values()][: len(expected)] == list(expected.values())
+        if name in CIFAR_NETWORKS and in_order and len(state) <= len(keys):
+            found = dict(zip(keys, state.values(), strict=False))
+        shapes = {key: value.shape for key, value in found.items() if key.rpartition(".")[0] != classifier}
         same = sum(shapes.get(key) == shape for key, shape in expected.items()) / max(len(expected), len(shapes))
-        nearest = max(nearest, (same, name, expected, shapes), key=lambda x: x[0])
-    agreement, name, expected, shapes = nearest
-    if name and (arch or agreement > 0.5):
-        what = f"{path} as {arch}" if arch else f"{path} is nearest to {name} but"
-        raise UserError(f"{what} does not fit; for example {describe_mismatch(expected, shapes)}")
-    some = ", ".join(f"{key} {list(value.shape)}" for key, value in list(state.items())[:3])
-    known = "; ".join(layout.written_by for layout in LAYOUTS)
-    raise UserError(f"{path} fits no network known here (it begins with {some}); files of these are read: {known}")
+        best = max(best, (same, name, image_size, found), key=lambda match: match[0])
+        if same == 1:
+            break
+    if best[0] <= 0.5 and not arch:
+        some = ", ".join(f"{key} {list(value.shape)}" for key, value in list(state.items())[:3])
+        known = "; ".join(layout.written_by for layout in LAYOUTS)
+        raise UserError(f"{path} fits no network known here (it begins with {some}); files of these are read: {known}")
+    return best[1:]
+
+
+def load_strict(module, state, what, assign=False):
+    """Load a state dict and raise UserError, naming keys, where one is missing, left over or of another shape.
+
+    With `assign` the module takes the tensors themselves, without a copy.
+    """
+    expected, found = ({key: value.shape for key, value in part.items()} for part in (module.state_dict(), state))
+    faults = {
+        "missing": expected.keys() - found.keys(),
+        "left over": found.keys() - expected.keys(),
+        "of another shape": {key for key in expected.keys() & found.keys() if expected[key] != found[key]},
+    }
+    if expected != found:
+        some = "; ".join(f"{fault}: {', '.join(sorted(keys)[:3])}" for fault, keys in faults.items() if keys)
+        raise UserError(f"{what} does not fit; for example {some}")
+    module.load_state_dict(state, assign=assign)
 
 
 # ----------------------------------------------------------------------------------------------------------- Evaluation
@@ -1670,7 +1662,7 @@ class KnnProbe:
 LOG_EVERY = 50  # steps: reading a loss waits for the device, so it is not done at each
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what Slurm and spot machines send before they take a machine away
 FREE_ARGUMENTS = {"out", "data_root", "workers", "max_steps", "knn_every", "checkpoint_minutes", "max_bad_images",
-                  "tensorboard"}  # may differ when a run goes on  # fmt: skip
+                  "tensorboard", "trust_teacher"}  # may differ when a run goes on  # fmt: skip
 
 
 @contextlib.contextmanager
