@@ -1229,6 +1229,8 @@ TRANSFORMER_KEYS = (
     (r"^cls_token$", "class_token"),
     (r"^pos_embed$", "encoder.pos_embedding"),
     (r"^patch_embed\.proj\.(weight|bias)$", r"conv_proj.\1"),
+    (r"\.ls1\.gamma$", ".attn.proj.scale"),
+    (r"\.ls2\.gamma$", ".mlp.fc2.scale"),
     (r"^blocks\.(\d+\.)?(\d+)\.", r"encoder.layers.encoder_layer_\2."),  # DINOv2 can number chunks of blocks, too
     (r"\.norm([12])\.", r".ln_\1."),
     (r"\.attn\.qkv\.", ".self_attention.in_proj_"),
@@ -1347,15 +1349,15 @@ def build_transformer(path, state, image_size=None, moco_v3=False):
     foreign = [what for pattern, what in FOREIGN_TRANSFORMERS.items() if any(re.search(pattern, key) for key in state)]
     foreign += [f"no {key}" for key in (stem, positions, f"{block}0.mlp.0.weight") if key not in state]
     grid = 0 if foreign else math.isqrt(state[positions].shape[1] - 1)
-    if foreign or grid**2 + 1 != state[positions].shape[1]:
-        raise UserError(f"{path} has {foreign[0] if foreign else 'no square of positions'}, unlike torchvision's "
-                        "VisionTransformer: export the network as a program and pass FILE.pt2")  # fmt: skip
-    for key in [key for key in state if key.endswith(".gamma")]:
-        prefix, scale, _ = key.rsplit(".", 2)
-        layer = prefix + {"ls1": ".self_attention.out_proj", "ls2": ".mlp.3"}[scale]
-        gamma = state.pop(key)
-        state[f"{layer}.weight"] = state[f"{layer}.weight"] * gamma[:, None]
-        state[f"{layer}.bias"] = state[f"{layer}.bias"] * gamma
+    if not foreign and grid**2 + 1 != state[positions].shape[1]:
+        foreign = [f"{state[positions].shape[1]} positions, not a square and one"]
+    if foreign:
+        raise UserError(f"{path} has {foreign[0]}, unlike torchvision's VisionTransformer: export the network as a "
+                        "program and pass FILE.pt2")  # fmt: skip
+    for layer in [key.removesuffix(".scale") for key in state if key.endswith(".scale")]:
+        scale = state.pop(f"{layer}.scale")
+        for key in {f"{layer}.weight", f"{layer}.bias"} & state.keys():
+            state[key] = torch.einsum("o,o...->o...", scale, state[key])
 
     width, _, patch, _ = state[stem].shape
     registers = state.pop("register_tokens", torch.empty(1, 0, width))
@@ -1373,7 +1375,7 @@ def build_transformer(path, state, image_size=None, moco_v3=False):
     state["class_token"] = torch.cat([state["class_token"], registers], dim=1)
 
     depth = sum(key.endswith(".ln_1.weight") for key in state)
-    heads = 12 if moco_v3 and width == 384 else 16 if width == 1280 else width // 64
+    heads = 12 if moco_v3 and width == 384 else 16 if width == 1280 else max(1, width // 64)
     with torch.device("meta"):
         network = torchvision.models.VisionTransformer(image_size, patch, depth, heads, width,
                                                        len(state[f"{block}0.mlp.0.weight"]))  # fmt: skip
