@@ -440,6 +440,12 @@ def crop_image(image, view, random_params):
     return TF.horizontal_flip(crop) if flip_coins(random_params).item() else crop
 
 
+def default_image_size(data):
+    """Pixels of the images of --data where --image-size is not given: 224 for a folder."""
+    data = (data or "").partition(":")[0]
+    return 96 if data == "stl10" else 32 if data in (*SMALL_SETS, "shapes") else 224
+
+
 def load_dataset(data, data_root, split, device, image_size=None):
     """Open one split of a data set and return (dataset, image size in pixels).
 
@@ -448,19 +454,19 @@ def load_dataset(data, data_root, split, device, image_size=None):
     """
     data = data or "data/imagenet"
     if data.partition(":")[0] == "shapes":
-        size = image_size or 32
+        size = image_size or default_image_size(data)
         images, labels = draw_shapes(shapes_count(data) if split != "val" else 2000, size, seed=int(split == "val"))
         return ArrayDataset(images, labels, len(SHAPES) * len(TEXTURES), device), size
     if data in SMALL_SETS:
         images, labels, num_classes = load_small_set(data, data_root, split)
         mean_std = CIFAR_MEAN_STD if data.startswith("cifar") else None
         dataset = ArrayDataset(images, labels, num_classes, device, mean_std)
-        return dataset, image_size or (96 if data == "stl10" else 32)
+        return dataset, image_size or default_image_size(data)
     folder = Path(data) / ("train" if split == "pretrain" else split)
     if not folder.is_dir():
         raise UserError(f"no folder {folder}: pass --data FOLDER with train/ and val/ in it, or --data with one of "
                         f"{', '.join(SMALL_SETS)}, shapes")  # fmt: skip
-    return FolderDataset(folder), image_size or 224
+    return FolderDataset(folder), image_size or default_image_size(data)
 
 
 def load_labelled(data, data_root, device, image_size=None):
@@ -1440,9 +1446,7 @@ def config_image_size(path):
     try:
         config = json.loads(Path(path).with_name("config.json").read_text()) if path != "torchvision" else {}
         arguments = config["arguments"]
-        data = (arguments["data"] or "").partition(":")[0]
-        default = 96 if data == "stl10" else 32 if data in (*SMALL_SETS, "shapes") else 224
-        return config.get("image_size") or arguments["image_size"] or default
+        return config.get("image_size") or arguments["image_size"] or default_image_size(arguments["data"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
