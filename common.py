@@ -1146,52 +1146,44 @@ def mlp_head(in_dim, hidden_dim, out_dim):
     return nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, out_dim))
 
 
-class Network(nn.Module):
-    """A backbone and what follows it, the module `last`. Images are (N, 3, H, W); all outputs are float32.
+class Encoder(nn.Module):
+    """Backbone and projection head: images (N, 3, H, W) -> embedding (N, D), not normalised, always float32.
 
-    `amp` (None, torch.bfloat16 or torch.float16) is the precision inside.
+    `amp` (None, torch.bfloat16 or torch.float16) is the precision inside. name: the attribute that the head becomes.
     """
 
-    def __init__(self, backbone, **last):
+    def __init__(self, backbone, head, name="head"):
         super().__init__()
-        self.backbone, self.amp = backbone, None
-        ((self.last, module),) = last.items()
-        self.add_module(self.last, module)
+        self.backbone, self.amp, self.name = backbone, None, name
+        self.add_module(name, head)
 
     def forward(self, images):
         return self.features_and_output(images)[1]
 
     def features_and_output(self, images):
-        """Features (N, feature_dim) of the backbone, and the output of `last`."""
+        """Features (N, feature_dim) of the backbone, and the head's output, both float32."""
         with torch.autocast(images.device.type, self.amp, enabled=self.amp is not None):
             features = self.backbone(images)
-            return features.float(), self.get_submodule(self.last)(features).float()
+            return features.float(), self.get_submodule(self.name)(features).float()
 
     @torch.no_grad()
     def features(self, images):
-        """Features (N, feature_dim) of the backbone, without gradient."""
+        """Features (N, feature_dim) of the backbone, float32, without gradient."""
         with torch.autocast(images.device.type, self.amp, enabled=self.amp is not None):
             return self.backbone(images).float()
-
-
-class Encoder(Network):
-    """Backbone and projection head: images -> embedding (N, D), not normalised."""
-
-    def __init__(self, backbone, head):
-        super().__init__(backbone, head=head)
 
     @property
     def dim(self):
         """Number of dimensions D of the embedding."""
-        layers = [module for module in self.head.modules() if isinstance(module, nn.Linear)]
+        layers = [module for module in self.get_submodule(self.name).modules() if isinstance(module, nn.Linear)]
         return layers[-1].out_features if layers else self.backbone.feature_dim
 
 
-class Classifier(Network):
-    """Backbone and linear classifier: images -> logits (N, classes)."""
+class Classifier(Encoder):
+    """A labelled network, an Encoder whose head is the linear layer `classifier`: images -> logits (N, classes)."""
 
     def __init__(self, backbone, classifier):
-        super().__init__(backbone, classifier=classifier)
+        super().__init__(backbone, classifier, "classifier")
 
     def plain(self):
         """A copy with the classifier back in its place, so that its keys are torchvision's."""
@@ -1322,7 +1314,7 @@ def load_classifier(path, arch=None, num_classes=None):
 def load_backbone(path, arch, image_size=None):
     """The backbone of a file, with its weights, the state dicts of its head and classifier, and its layout.
 
-    backbone.image_size is `image_size`, or else the size that the network was trained at, as far as the file tells.
+    backbone.image_size is `image_size`, or else the size that the network was trained at, as far as it is known.
     """
     checkpoint = torchvision_weights(arch) if path == "torchvision" else load_file(path)
     layout, parts = split_state(path, checkpoint)
