@@ -1408,7 +1408,7 @@ class Program(nn.Module):
                             f"(N, D) ({reason}): export it with a dynamic batch, at this size") from None  # fmt: skip
 
     def forward(self, images):
-        return self.network(images)
+        return self.network(images.contiguous())  # in the layout that it was exported with
 
     def train(self, mode=True):
         """Nothing: a program keeps the mode that it was exported in, and its own `train` raises."""
