@@ -441,6 +441,12 @@ def crop_image(image, view, random_params):
     return TF.horizontal_flip(crop) if flip_coins(random_params).item() else crop
 
 
+def default_image_size(data):
+    """Pixels of the images of --data where --image-size is not given: 224 for a folder."""
+    data = (data or "").partition(":")[0]
+    return 96 if data == "stl10" else 32 if data in (*SMALL_SETS, "shapes") else 224
+
+
 def load_dataset(data, data_root, split, device, image_size=None):
     """Open one split of a data set and return (dataset, image size in pixels).
 
@@ -449,19 +455,19 @@ def load_dataset(data, data_root, split, device, image_size=None):
     """
     data = data or "data/imagenet"
     if data.partition(":")[0] == "shapes":
-        size = image_size or 32
+        size = image_size or default_image_size(data)
         images, labels = draw_shapes(shapes_count(data) if split != "val" else 2000, size, seed=int(split == "val"))
         return ArrayDataset(images, labels, len(SHAPES) * len(TEXTURES), device), size
     if data in SMALL_SETS:
         images, labels, num_classes = load_small_set(data, data_root, split)
         mean_std = CIFAR_MEAN_STD if data.startswith("cifar") else None
         dataset = ArrayDataset(images, labels, num_classes, device, mean_std)
-        return dataset, image_size or (96 if data == "stl10" else 32)
+        return dataset, image_size or default_image_size(data)
     folder = Path(data) / ("train" if split == "pretrain" else split)
     if not folder.is_dir():
         raise UserError(f"no folder {folder}: pass --data FOLDER with train/ and val/ in it, or --data with one of "
                         f"{', '.join(SMALL_SETS)}, shapes")  # fmt: skip
-    return FolderDataset(folder), image_size or 224
+    return FolderDataset(folder), image_size or default_image_size(data)
 
 
 def load_labelled(data, data_root, device, image_size=None):
@@ -848,12 +854,10 @@ AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def kaiming_init(network):
-    """Initialise convolutions as He et al. (2015), by the number of outputs and with biases of 0; returns `network`."""
+    """Initialise convolutions as He et al. (2015), by the number of outputs; returns `network`."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
     return network
 
 
@@ -1085,52 +1089,44 @@ def mlp_head(in_dim, hidden_dim, out_dim):
     return nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, out_dim))
 
 
-class Network(nn.Module):
-    """A backbone and what follows it, the module `last`. Images are (N, 3, H, W); all outputs are float32.
+class Encoder(nn.Module):
+    """Backbone and projection head: images (N, 3, H, W) -> embedding (N, D), not normalised, always float32.
 
-    `amp` (None, torch.bfloat16 or torch.float16) is the precision inside.
+    `amp` (None, torch.bfloat16 or torch.float16) is the precision inside. name: the attribute that the head becomes.
     """
 
-    def __init__(self, backbone, **last):
+    def __init__(self, backbone, head, name="head"):
         super().__init__()
-        self.backbone, self.amp = backbone, None
-        ((self.last, module),) = last.items()
-        self.add_module(self.last, module)
+        self.backbone, self.amp, self.name = backbone, None, name
+        self.add_module(name, head)
 
     def forward(self, images):
         return self.features_and_output(images)[1]
 
     def features_and_output(self, images):
-        """Features (N, feature_dim) of the backbone, and the output of `last`."""
+        """Features (N, feature_dim) of the backbone, and the head's output, both float32."""
         with torch.autocast(images.device.type, self.amp, enabled=self.amp is not None):
             features = self.backbone(images)
-            return features.float(), self.get_submodule(self.last)(features).float()
+            return features.float(), self.get_submodule(self.name)(features).float()
 
     @torch.no_grad()
     def features(self, images):
-        """Features (N, feature_dim) of the backbone, without gradient."""
+        """Features (N, feature_dim) of the backbone, float32, without gradient."""
         with torch.autocast(images.device.type, self.amp, enabled=self.amp is not None):
             return self.backbone(images).float()
-
-
-class Encoder(Network):
-    """Backbone and projection head: images -> embedding (N, D), not normalised."""
-
-    def __init__(self, backbone, head):
-        super().__init__(backbone, head=head)
 
     @property
     def dim(self):
         """Number of dimensions D of the embedding."""
-        layers = [module for module in self.head.modules() if isinstance(module, nn.Linear)]
+        layers = [module for module in self.get_submodule(self.name).modules() if isinstance(module, nn.Linear)]
         return layers[-1].out_features if layers else self.backbone.feature_dim
 
 
-class Classifier(Network):
-    """Backbone and linear classifier: images -> logits (N, classes)."""
+class Classifier(Encoder):
+    """A labelled network, an Encoder whose head is the linear layer `classifier`: images -> logits (N, classes)."""
 
     def __init__(self, backbone, classifier):
-        super().__init__(backbone, classifier=classifier)
+        super().__init__(backbone, classifier, "classifier")
 
     def plain(self):
         """A copy with the classifier back in its place, so that its keys are torchvision's."""
@@ -1174,6 +1170,8 @@ TRANSFORMER_KEYS = (
     (r"^cls_token$", "class_token"),
     (r"^pos_embed$", "encoder.pos_embedding"),
     (r"^patch_embed\.proj\.(weight|bias)$", r"conv_proj.\1"),
+    (r"\.ls1\.gamma$", ".attn.proj.scale"),
+    (r"\.ls2\.gamma$", ".mlp.fc2.scale"),
     (r"^blocks\.(\d+\.)?(\d+)\.", r"encoder.layers.encoder_layer_\2."),  # DINOv2 can number chunks of blocks, too
     (r"\.norm([12])\.", r".ln_\1."),
     (r"\.attn\.qkv\.", ".self_attention.in_proj_"),
@@ -1259,7 +1257,7 @@ def load_classifier(path, arch=None, num_classes=None):
 def load_backbone(path, arch, image_size=None):
     """The backbone of a file, with its weights, the state dicts of its head and classifier, and its layout.
 
-    backbone.image_size is `image_size`, or else the size that the network was trained at, as far as the file tells.
+    backbone.image_size is `image_size`, or else the size that the network was trained at, as far as it is known.
     """
     checkpoint = torchvision_weights(arch) if path == "torchvision" else load_file(path)
     layout, parts = split_state(path, checkpoint)
@@ -1274,7 +1272,7 @@ def load_backbone(path, arch, image_size=None):
         backbone.image_size = size if isinstance(size, int) else stem_size
     own = {key: state.pop(key) for key in list(state) if key.rpartition(".")[0] == backbone.classifier_name}
     parts["classifier"] = parts["classifier"] or {key.rpartition(".")[2]: value for key, value in own.items()}
-    load_strict(backbone, state, f"{path} as {arch}" if arch else str(path), assign=True)
+    load_strict(backbone, state, f"{path} as {arch or 'a vision transformer'}", assign=True)
     return backbone, parts, layout
 
 
@@ -1292,15 +1290,15 @@ def build_transformer(path, state, image_size=None, moco_v3=False):
     foreign = [what for pattern, what in FOREIGN_TRANSFORMERS.items() if any(re.search(pattern, key) for key in state)]
     foreign += [f"no {key}" for key in (stem, positions, f"{block}0.mlp.0.weight") if key not in state]
     grid = 0 if foreign else math.isqrt(state[positions].shape[1] - 1)
-    if foreign or grid**2 + 1 != state[positions].shape[1]:
-        raise UserError(f"{path} has {foreign[0] if foreign else 'no square of positions'}, unlike torchvision's "
-                        "VisionTransformer: export the network as a program and pass FILE.pt2")  # fmt: skip
-    for key in [key for key in state if key.endswith(".gamma")]:
-        prefix, scale, _ = key.rsplit(".", 2)
-        layer = prefix + {"ls1": ".self_attention.out_proj", "ls2": ".mlp.3"}[scale]
-        gamma = state.pop(key)
-        state[f"{layer}.weight"] = state[f"{layer}.weight"] * gamma[:, None]
-        state[f"{layer}.bias"] = state[f"{layer}.bias"] * gamma
+    if not foreign and grid**2 + 1 != state[positions].shape[1]:
+        foreign = [f"{state[positions].shape[1]} positions, not a square and one"]
+    if foreign:
+        raise UserError(f"{path} has {foreign[0]}, unlike torchvision's VisionTransformer: export the network as a "
+                        "program and pass FILE.pt2")  # fmt: skip
+    for layer in [key.removesuffix(".scale") for key in state if key.endswith(".scale")]:
+        scale = state.pop(f"{layer}.scale")
+        for key in {f"{layer}.weight", f"{layer}.bias"} & state.keys():
+            state[key] = torch.einsum("o,o...->o...", scale, state[key])
 
     width, _, patch, _ = state[stem].shape
     registers = state.pop("register_tokens", torch.empty(1, 0, width))
@@ -1318,7 +1316,7 @@ def build_transformer(path, state, image_size=None, moco_v3=False):
     state["class_token"] = torch.cat([state["class_token"], registers], dim=1)
 
     depth = sum(key.endswith(".ln_1.weight") for key in state)
-    heads = 12 if moco_v3 and width == 384 else 16 if width == 1280 else width // 64
+    heads = 12 if moco_v3 and width == 384 else 16 if width == 1280 else max(1, width // 64)
     with torch.device("meta"):
         network = torchvision.models.VisionTransformer(image_size, patch, depth, heads, width,
                                                        len(state[f"{block}0.mlp.0.weight"]))  # fmt: skip
@@ -1353,7 +1351,7 @@ class Program(nn.Module):
                             f"(N, D) ({reason}): export it with a dynamic batch, at this size") from None  # fmt: skip
 
     def forward(self, images):
-        return self.network(images)
+        return self.network(images.contiguous())  # in the layout that it was exported with
 
     def train(self, mode=True):
         """Nothing: a program keeps the mode that it was exported in, and its own `train` raises."""
@@ -1383,9 +1381,7 @@ def config_image_size(path):
     try:
         config = json.loads(Path(path).with_name("config.json").read_text()) if path != "torchvision" else {}
         arguments = config["arguments"]
-        data = (arguments["data"] or "").partition(":")[0]
-        default = 96 if data == "stl10" else 32 if data in (*SMALL_SETS, "shapes") else 224
-        return config.get("image_size") or arguments["image_size"] or default
+        return config.get("image_size") or arguments["image_size"] or default_image_size(arguments["data"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
@@ -1468,56 +1464,50 @@ def backbone_shapes(arch, image_size):
     return network.classifier_name, {key: value.shape for key, value in network.state_dict().items()}
 
 
-def load_strict(module, state, what, assign=False):
-    """Load a state dict and raise UserError, naming keys, where one is missing, left over or of another shape.
-
-    With `assign` the module takes the tensors themselves, without a copy.
-    """
-    expected, found = ({key: value.shape for key, value in part.items()} for part in (module.state_dict(), state))
-    if expected != found:
-        raise UserError(f"{what} does not fit; for example {describe_mismatch(expected, found)}")
-    module.load_state_dict(state, assign=assign)
-
-
-def describe_mismatch(expected, found):
-    """Name some keys by which two dicts of {key: shape} differ."""
-    faults = {
-        "missing": expected.keys() - found.keys(),
-        "left over": found.keys() - expected.keys(),
-        "of another shape": {key for key in expected.keys() & found.keys() if expected[key] != found[key]},
-    }
-    return "; ".join(f"{fault}: {', '.join(sorted(keys)[:3])}" for fault, keys in faults.items() if keys)
-
-
 def infer_arch(path, state, arch=None):
-    """Name of the network that a state dict is of, its image size (32 for a small stem), and the dict with its keys.
+    """Name of the network that a state dict is nearest to, image size (32: a small stem), and the dict with its keys.
 
-    The classifier may be missing. Keys that are those of CRD's released files become torchvision's. Raises UserError
-    where no network fits, or where `arch` does not.
+    The classifier may be missing. Keys of CRD's released files become those of `CIFAR_NETWORKS`, in their order. Raises
+    UserError where no network is near; arch: the one to take in any case.
     """
-    nearest = -1, None, None, None
+    best = (-1,)
     names = [arch] if arch else candidates(state)
     stem = state.get("conv1.weight")
     stem_size = 32 if stem is not None and stem.shape[-1] == 3 else 224
     pairs = [(name, stem_size) for name in names if name in TORCHVISION_NETWORKS or name not in CIFAR_NETWORKS]
     for name, image_size in pairs + [(name, 32) for name in names if name in CIFAR_NETWORKS]:
         classifier, expected = backbone_shapes(name, image_size)
-        shapes = {key: value.shape for key, value in state.items() if key.rpartition(".")[0] != classifier}
-        if shapes == expected:
-            return name, image_size, state
-        if name in CIFAR_NETWORKS and list(expected.values()) == list(shapes.values())[: len(expected)]:
-            keys = [*expected, f"{classifier}.weight", f"{classifier}.bias"]
-            if len(keys) - len(state) in (0, 2):
-                return name, image_size, dict(zip(keys, state.values(), strict=False))
+        found, keys = state, [*expected, f"{classifier}.weight", f"{classifier}.bias"]
+        in_order = [value.shape for value in state.values()][: len(expected)] == list(expected.values())
+        if name in CIFAR_NETWORKS and in_order and len(state) <= len(keys):
+            found = dict(zip(keys, state.values(), strict=False))
+        shapes = {key: value.shape for key, value in found.items() if key.rpartition(".")[0] != classifier}
         same = sum(shapes.get(key) == shape for key, shape in expected.items()) / max(len(expected), len(shapes))
-        nearest = max(nearest, (same, name, expected, shapes), key=lambda x: x[0])
-    agreement, name, expected, shapes = nearest
-    if name and (arch or agreement > 0.5):
-        what = f"{path} as {arch}" if arch else f"{path} is nearest to {name} but"
-        raise UserError(f"{what} does not fit; for example {describe_mismatch(expected, shapes)}")
-    some = ", ".join(f"{key} {list(value.shape)}" for key, value in list(state.items())[:3])
-    known = "; ".join(layout.written_by for layout in LAYOUTS)
-    raise UserError(f"{path} fits no network known here (it begins with {some}); files of these are read: {known}")
+        best = max(best, (same, name, image_size, found), key=lambda match: match[0])
+        if same == 1:
+            break
+    if best[0] <= 0.5 and not arch:
+        some = ", ".join(f"{key} {list(value.shape)}" for key, value in list(state.items())[:3])
+        known = "; ".join(layout.written_by for layout in LAYOUTS)
+        raise UserError(f"{path} fits no network known here (it begins with {some}); files of these are read: {known}")
+    return best[1:]
+
+
+def load_strict(module, state, what, assign=False):
+    """Load a state dict and raise UserError, naming keys, where one is missing, left over or of another shape.
+
+    With `assign` the module takes the tensors themselves, without a copy.
+    """
+    expected, found = ({key: value.shape for key, value in part.items()} for part in (module.state_dict(), state))
+    faults = {
+        "missing": expected.keys() - found.keys(),
+        "left over": found.keys() - expected.keys(),
+        "of another shape": {key for key in expected.keys() & found.keys() if expected[key] != found[key]},
+    }
+    if expected != found:
+        some = "; ".join(f"{fault}: {', '.join(sorted(keys)[:3])}" for fault, keys in faults.items() if keys)
+        raise UserError(f"{what} does not fit; for example {some}")
+    module.load_state_dict(state, assign=assign)
 
 
 # ----------------------------------------------------------------------------------------------------------- Evaluation
@@ -1628,7 +1618,7 @@ LOG_EVERY = 50  # steps; reading a loss waits for the device
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # Slurm and spot machines send them before they take a machine away
 # Arguments that may differ when a run continues
 FREE_ARGUMENTS = {"out", "data_root", "workers", "max_steps", "knn_every", "checkpoint_minutes", "max_bad_images",
-                  "tensorboard"}  # fmt: skip
+                  "tensorboard", "trust_teacher"}  # fmt: skip
 
 
 @contextlib.contextmanager

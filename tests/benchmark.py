@@ -13,6 +13,8 @@
     Evaluation   a probe of eight learning rates against one of one, images behind a frozen network; memory and time of
                  features, k-NN and a cached probe on one and on two processes. With --imagenet this alone, at
                  ImageNet's size with 2048 dimensions on two processes: about 6 GiB each, and an hour.
+    Transformer  the forward pass of a frozen ViT-S/14 from a file of DINOv2's layout, at 224 pixels, over torchvision's
+                 own VisionTransformer of the same size.
     Saving       the pause of a checkpoint of MoCo v2 with ResNet-50 and a queue of 65536, and what it adds to a run.
     Tracking     what counting a step costs: the log, the question whether to save or to stop.
 
@@ -33,6 +35,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torchvision
 from PIL import Image, ImageFilter
 from torchvision import transforms
 
@@ -394,6 +397,29 @@ def evaluation(images=196_000, dim=1280, queries=1000, processes=(1, 2), steps=2
               f"{1e3 * training / steps:.0f} ms")  # fmt: skip
 
 
+def transformer(folder, size=224, batch_size=4):
+    """Print what LayerScale, registers and interpolated positions of a released file cost in the forward pass."""
+    theirs = torchvision.models.VisionTransformer(size, 14, 12, 6, 384, 1536).requires_grad_(False).eval()
+    theirs.heads = torch.nn.Identity()
+    block = {"norm1.weight": [384], "norm1.bias": [384], "attn.qkv.weight": [1152, 384], "attn.qkv.bias": [1152],
+             "attn.proj.weight": [384, 384], "attn.proj.bias": [384], "ls1.gamma": [384],
+             "norm2.weight": [384], "norm2.bias": [384], "mlp.fc1.weight": [1536, 384], "mlp.fc1.bias": [1536],
+             "mlp.fc2.weight": [384, 1536], "mlp.fc2.bias": [384], "ls2.gamma": [384]}  # fmt: skip
+    shapes = {f"blocks.{layer}.{key}": shape for layer in range(12) for key, shape in block.items()}
+    shapes |= {"cls_token": [1, 1, 384], "pos_embed": [1, 1 + 37**2, 384], "mask_token": [1, 384]}
+    shapes |= {"patch_embed.proj.weight": [384, 3, 14, 14], "patch_embed.proj.bias": [384]}
+    shapes |= {"norm.weight": [384], "norm.bias": [384]}
+    images = torch.randn(batch_size, 3, size, size)
+    for registers in (0, 4):
+        shapes |= {"register_tokens": [1, registers, 384]} if registers else {}
+        torch.save({key: 0.05 * torch.randn(shape) for key, shape in shapes.items()}, folder / "dinov2.pth")
+        ours = common.load_teacher(folder / "dinov2.pth", image_size=size)
+        with torch.no_grad():
+            one, other, ratio = pairs(lambda: ours(images), lambda: theirs(images))  # noqa: B023
+        print(f"ViT-S/14 of a file, {registers} registers: {1e3 * one / batch_size:.0f} ms an image, torchvision's own "
+              f"{1e3 * other / batch_size:.0f} ms, ratio {ratio:.3f}")  # fmt: skip
+
+
 def saving(folder):
     """Print the pause of a checkpoint on the disk of `folder`, and the cost of tracking a step."""
     backbone = common.build_backbone("resnet50")
@@ -427,6 +453,7 @@ def main():
         return evaluation(1_281_167, 2048, 50_000, processes=(2,))
     with tempfile.TemporaryDirectory() as folder:
         saving(Path(folder))
+        transformer(Path(folder))
     with tempfile.TemporaryDirectory() as folder:
         files = jpeg_folder(Path(folder))
         paths = [files.path(i) for i in range(len(files))]
