@@ -18,7 +18,6 @@ import copy
 import difflib
 import fcntl
 import hashlib
-import importlib.util
 import inspect
 import json
 import math
@@ -1622,30 +1621,25 @@ FREE_ARGUMENTS = {"out", "data_root", "workers", "max_steps", "knn_every", "chec
 
 
 @contextlib.contextmanager
-def writing(path):
-    """Turn an error while `path` is written, as a full disk or a missing permission, into a UserError."""
+def writing(path, mode="ab"):
+    """Open a file and flush it to the disk in the end; an error, as of a full disk, becomes a UserError."""
     try:
-        yield
+        with open(path, mode) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:
         error = error if isinstance(error, OSError) else error.__context__ or error  # torch.save hides the cause
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot write {path} ({reason}): free space or correct the permissions, then run the same "
-                        "command again") from None  # fmt: skip
+        raise UserError(f"cannot write {path} ({getattr(error, 'strerror', error)}): free space or correct the "
+                        "permissions, then run the same command again") from None  # fmt: skip
 
 
 def atomic_write(path, write):
     """Call `write(file)` on a new file and move it to `path`, which is whole at any moment, even if the power fails."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with writing(path):
-        try:
-            with open(temporary, "wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-        except (OSError, RuntimeError):
-            temporary.unlink(missing_ok=True)  # frees the space of half a file
-            raise
-        os.replace(temporary, path)
+    with writing(temporary, "wb") as file:
+        write(file)
+    os.replace(temporary, path)
 
 
 class Run:
@@ -1663,15 +1657,12 @@ class Run:
         self.step, self.epoch, self.lr = 0, 0, 0.0
         self.losses, self.named = [], set()  # since the last line of the log; unreadable images that it names
         self.unsaved, self.saved_at = False, time.monotonic()
-        self.stop_signal, self.asked = None, None
-        self.bar, self.writer = None, None
+        self.stop_signal, self.asked, self.writer = None, None, None
         FolderDataset.unreadable.clear()
         for number in STOP_SIGNALS:
             signal.signal(number, self.on_signal)
         if rank() > 0:
             return
-        if args.tensorboard and not importlib.util.find_spec("tensorboard"):
-            raise UserError("--tensorboard needs another package: pip install tensorboard")
         contents = {file: Path(file).read_bytes() for file in files if file != "torchvision"}
         config = {
             "script": script,
@@ -1682,18 +1673,18 @@ class Run:
                 "classes": [dataset.num_classes for dataset in datasets],
                 **{f"content of {file}": hashlib.sha256(data).hexdigest()[:16] for file, data in contents.items()},
             },
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-            "git_commit": git_commit(),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                         "torchvision": torchvision.__version__, "git_commit": git_commit()},
             "processes": world_size(),
-        }
+        }  # fmt: skip
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock()
+            self.refuse_other_run(config)
         except OSError as error:
             raise UserError(f"cannot write to --out {self.folder}: {error.strerror}") from None
-        self.refuse_other_run(config)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"cannot read {self.folder / 'config.json'} ({error}): pass another --out") from None
         self.write("config.json", config)
 
     def lock(self):
@@ -1712,22 +1703,19 @@ class Run:
 
     def refuse_other_run(self, config):
         """Raise UserError if the folder holds another run; arguments that its version did not have are ignored."""
-        try:
-            old = json.loads((self.folder / "config.json").read_text())
-            old = {**old["arguments"], **old["inputs"], "script": old["script"]}
-        except FileNotFoundError:
+        path = self.folder / "config.json"
+        if not path.exists():
             found = [name for name in ("checkpoint.pth", "backbone.pth", "eval.json") if (self.folder / name).exists()]
             if found:
-                raise UserError(f"{self.folder} holds {found[0]} but no config.json: pass another --out") from None
+                raise UserError(f"{self.folder} holds {found[0]} but no config.json: pass another --out")
             return
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"cannot read {self.folder / 'config.json'} ({error}): pass another --out") from None
-        new = {**config["arguments"], **config["inputs"], "script": config["script"]}
-        names = sorted((old.keys() & new.keys()) - FREE_ARGUMENTS)
-        differ = [f"{name.replace('_', '-') if name in vars(self.args) else name} {old[name]} there, {new[name]} here"
-                  for name in names if old[name] != new[name]]  # fmt: skip
-        if differ:
-            raise UserError(f"{self.folder} holds another run ({'; '.join(differ)}): pass another --out")
+        old, new = ({"script": c["script"], **c["arguments"], **c["inputs"]}
+                    for c in (json.loads(path.read_text()), config))  # fmt: skip
+        names = sorted(name for name in (old.keys() & new.keys()) - FREE_ARGUMENTS if old[name] != new[name])
+        if names:
+            flags = {name: name.replace("_", "-") for name in vars(self.args)}
+            differ = "; ".join(f"{flags.get(name, name)} {old[name]} there, {new[name]} here" for name in names)
+            raise UserError(f"{self.folder} holds another run ({differ}): pass another --out")
 
     def resume(self, model, optimizer, scaler, **metadata):
         """Load checkpoint.pth into model, optimizer and scaler; without one, save the start.
@@ -1735,7 +1723,7 @@ class Run:
         Rank 0 reads it for all processes. A checkpoint `of` other weights than these is ignored.
         """
         self.state, self.metadata = (model, optimizer, scaler), {**self.metadata, **metadata}
-        path = self.folder / "checkpoint.pth"
+        path, log = self.folder / "checkpoint.pth", self.folder / "log.jsonl"
         checkpoint = broadcast(load_file(path, whole=True) if rank() == 0 and path.exists() else {})
         if checkpoint.get("of") != self.metadata.get("of"):
             checkpoint = {}
@@ -1748,10 +1736,15 @@ class Run:
             load_strict(model, {**checkpoint["model"], **frozen}, str(path))
             optimizer.load_state_dict(checkpoint["optimizer"])
             scaler.load_state_dict(checkpoint["scaler"])
-        log = self.folder / "log.jsonl"
         if rank() == 0 and log.exists() and (checkpoint or "of" not in self.metadata):
-            with writing(log):  # the run writes the lines after the checkpoint again
-                os.truncate(log, min(checkpoint.get("log_bytes", 0), log.stat().st_size))
+            with writing(log) as file:  # the run writes the lines after the checkpoint again
+                file.truncate(min(checkpoint.get("log_bytes", 0), file.tell()))
+        if self.args.tensorboard and rank() == 0:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise UserError("--tensorboard needs another package: pip install tensorboard") from None
+            self.writer = SummaryWriter(self.folder, purge_step=self.step)
         if not checkpoint:
             self.save()  # shows now if the disk is full
         elif rank() == 0:
@@ -1764,15 +1757,10 @@ class Run:
         if it was interrupted, and at the end of the run.
         """
         self.steps, self.end = steps, min(epochs * steps, self.args.max_steps or epochs * steps)
-        self.bar = tqdm(
-            desc=self.metadata.get("of", self.script),
-            total=self.end * self.args.batch_size,
-            initial=self.step * self.args.batch_size,
-            unit="img",
-            unit_scale=True,
-            mininterval=1 if sys.stderr.isatty() else 30,
-            disable=rank() > 0,
-        )
+        images = self.args.batch_size
+        self.bar = tqdm(desc=self.metadata.get("of", self.script), total=self.end * images, initial=self.step * images,
+                        unit="img", unit_scale=True, mininterval=1 if sys.stderr.isatty() else 30,
+                        disable=rank() > 0)  # fmt: skip
         while True:
             self.epoch = self.step // steps
             if evaluate and (self.step % (every * steps) == 0 or self.step >= self.end):
@@ -1823,12 +1811,12 @@ class Run:
         self.losses = list(losses)
         losses = losses.cpu()  # the only wait for the device
         finite = losses.isfinite().all(dim=1).tolist()
-        if not all(finite):
-            self.raise_not_finite(self.step - len(losses) + 1 + finite.index(False), "a loss")
+        if False in finite:
+            self.raise_not_finite("a loss", self.step - len(losses) + 1 + finite.index(False))
         return losses
 
-    def raise_not_finite(self, step, what):
-        """Raise UserError for a loss or a weight that is not finite."""
+    def raise_not_finite(self, what, step):
+        """Raise UserError for a loss or a weight."""
         raise UserError(f"{what} is not finite at step {step}, epoch {self.epoch}, learning rate {self.lr:g}; the "
                         f"checkpoint in {self.folder} is from before: lower --lr or use --amp off, with another "
                         "--out")  # fmt: skip
@@ -1836,30 +1824,23 @@ class Run:
     def name_unreadable(self):
         """Name each unreadable image once, in the log and to the user; too many of them end the run."""
         found = {path: reason for images in gather_objects(FolderDataset.unreadable) for path, reason in images.items()}
-        for path, reason in sorted(found.items()):
-            if path not in self.named:
-                self.named.add(path)
-                self.log({"unreadable": path, "reason": reason})
-                if rank() == 0:
-                    tqdm.write(f"warning: unreadable image {path} ({reason}), left out", file=sys.stderr)
+        for path in sorted(found.keys() - self.named):
+            self.log({"unreadable": path, "reason": found[path]})
+            if rank() == 0:
+                tqdm.write(f"warning: unreadable image {path} ({found[path]}), left out", file=sys.stderr)
+        self.named |= found.keys()
         if len(self.named) > self.args.max_bad_images:
             raise UserError(f"{len(self.named)} unreadable images, one of them {min(self.named)}: repair or remove "
                             "them, or raise --max-bad-images")  # fmt: skip
 
     def log(self, values):
         """Append a line to log.jsonl (and to TensorBoard)."""
-        if rank() > 0:
-            return
-        path, values = self.folder / "log.jsonl", {"step": self.step, "epoch": self.epoch, **values}
-        with writing(path), open(path, "ab") as log:
-            log.write(json.dumps(values).encode() + b"\n")
-        if self.args.tensorboard:
-            if not self.writer:
-                from torch.utils.tensorboard import SummaryWriter
-
-                self.writer = SummaryWriter(self.folder, purge_step=self.step)
+        if rank() == 0:
+            with writing(self.folder / "log.jsonl") as log:
+                log.write(json.dumps({"step": self.step, "epoch": self.epoch, **values}).encode() + b"\n")
+        if self.writer:
             for name, value in values.items():
-                if name not in ("step", "epoch") and isinstance(value, (int, float)):
+                if isinstance(value, (int, float)):
                     self.writer.add_scalar(name, value, self.step)
             self.writer.flush()
 
@@ -1870,12 +1851,9 @@ class Run:
             self.average_losses()
         params = [param for group in optimizer.param_groups for param in group["params"]]
         if not torch.stack([param.isfinite().all() for param in params]).all():
-            self.raise_not_finite(self.step, "a weight")
+            self.raise_not_finite("a weight", self.step)
         if rank() == 0:
-            path = self.folder / "log.jsonl"
-            with writing(path), open(path, "ab") as log:
-                os.fsync(log.fileno())
-                log_bytes = log.tell()
+            log = self.folder / "log.jsonl"
             checkpoint = {
                 **self.metadata,
                 "step": self.step,
@@ -1883,7 +1861,7 @@ class Run:
                 "optimizer": optimizer.state_dict(),
                 "scaler": scaler.state_dict(),
                 "losses": self.losses,
-                "log_bytes": log_bytes,
+                "log_bytes": log.stat().st_size if log.exists() else 0,
                 "unreadable": sorted(self.named),
             }
             atomic_write(self.folder / "checkpoint.pth", lambda file: torch.save(checkpoint, file))
@@ -1896,16 +1874,14 @@ class Run:
         that none waits for another.
         """
         due = rank() == 0 and time.monotonic() - self.saved_at > 60 * self.args.checkpoint_minutes
-        wanted = 2 if self.stop_signal else int(due)
+        wanted, asked = torch.tensor(2 if self.stop_signal else int(due)), self.asked
         if world_size() == 1:
-            return wanted
-        wanted, asked = torch.tensor(wanted), self.asked
+            return wanted.item()
         self.asked = wanted, dist.all_reduce(wanted, dist.ReduceOp.MAX, async_op=True)
         if asked is None:
             return 0
-        wanted, work = asked
-        work.wait()
-        return wanted.item()
+        asked[1].wait()
+        return asked[0].item()
 
     def on_signal(self, number, frame):
         """Stop after the current step, or now if everything is saved."""
@@ -1938,17 +1914,14 @@ class Run:
         return broadcast(json.loads(path.read_text()) if rank() == 0 and path.exists() else None)
 
     def write(self, name, content):
-        """Write a JSON file into the folder."""
+        """Write a JSON file into the folder, with lists of numbers in one line each."""
         if rank() == 0:
-            text = json.dumps(content, indent=2) + "\n"
-            text = re.sub(r"\[\s+([^][{}]*?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text)
-            atomic_write(self.folder / name, lambda file: file.write(text.encode()))
+            text = re.sub(r"\[[^][{}]*\]", lambda found: re.sub(r"\s+", " ", found[0]), json.dumps(content, indent=2))
+            atomic_write(self.folder / name, lambda file: file.write(text.encode() + b"\n"))
 
 
 def git_commit():
     """The commit of the scripts; None outside a git checkout."""
-    try:
-        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
