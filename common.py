@@ -1089,7 +1089,7 @@ def mlp_head(in_dim, hidden_dim, out_dim):
 
 
 class Encoder(nn.Module):
-    """Backbone and projection head: images (N, 3, H, W) -> embedding (N, D), not normalised, always float32.
+    """Backbone and projection head: images (N, 3, H, W) -> embedding (N, dim), not normalised, always float32.
 
     `amp` (None, torch.bfloat16 or torch.float16) is the precision inside. name: the attribute that the head becomes.
     """
@@ -1098,6 +1098,8 @@ class Encoder(nn.Module):
         super().__init__()
         self.backbone, self.amp, self.name = backbone, None, name
         self.add_module(name, head)
+        widths = [module.out_features for module in head.modules() if isinstance(module, nn.Linear)]
+        self.dim = widths[-1] if widths else backbone.feature_dim
 
     def forward(self, images):
         return self.features_and_output(images)[1]
@@ -1113,12 +1115,6 @@ class Encoder(nn.Module):
         """Features (N, feature_dim) of the backbone, float32, without gradient."""
         with torch.autocast(images.device.type, self.amp, enabled=self.amp is not None):
             return self.backbone(images).float()
-
-    @property
-    def dim(self):
-        """Number of dimensions D of the embedding."""
-        layers = [module for module in self.get_submodule(self.name).modules() if isinstance(module, nn.Linear)]
-        return layers[-1].out_features if layers else self.backbone.feature_dim
 
 
 class Classifier(Encoder):

@@ -9,6 +9,7 @@ and the image's own, the student's distribution of similarities shall be the tea
     all embeddings L2-normalised.
 
     torchrun --nproc_per_node=8 seed.py --teacher moco_v2_800ep_pretrain.pth.tar --student mobilenet_v3_large
+    torchrun --nproc_per_node=8 seed.py --teacher dinov2_vitb14_pretrain.pth --student efficientnet_b0
     torchrun --nproc_per_node=8 seed.py --teacher swav_800ep_pretrain.pth.tar --student efficientnet_b0 --small-crops 6
     python seed.py --data shapes --teacher runs/teacher/checkpoint.pth --student resnet8 --queue-size 2048
 """

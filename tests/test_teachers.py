@@ -1,7 +1,9 @@
 """Today's teachers: vision transformers from their released files, exported programs, torchvision's weights."""
 
+import importlib
 import json
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
-from conftest import GOLDEN, ROOT, golden_fill, run, run_script
+from conftest import GOLDEN, ROOT, golden_fill, on_processes, run
 
 import common
 
@@ -249,14 +251,38 @@ def losses_of(folder):
     return [line["loss"] for line in lines]
 
 
+def distil(lines):
+    """Run command lines on this process of two."""
+    for line in lines:
+        script, *arguments = line.split()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [script, *arguments])
+            importlib.import_module(script.removesuffix(".py")).main()
+
+
+@pytest.fixture(scope="module")
+def lines(program, transformer_file):
+    """Each script with each kind of teacher."""
+    teachers = {"transformer": f"{transformer_file}", "program": f"{program[1]} --trust-teacher"}
+    return {(script, kind): f"{script} {SMALL} --teacher {teacher}"
+            for script in LINES for kind, teacher in teachers.items()}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def on_two(lines, tmp_path_factory):
+    """The folder of a run of each line on two processes."""
+    root = tmp_path_factory.mktemp("two")
+    folders = {case: root / "-".join(case) for case in lines}
+    on_processes(2, distil, root, [f"{line} --out {folders[case]}" for case, line in lines.items()])
+    return folders
+
+
 @pytest.mark.parametrize("script", LINES)
 @pytest.mark.parametrize("kind", ["transformer", "program"])
-def test_scripts_distil_todays_teachers_on_one_process_and_on_two(script, kind, program, transformer_file, tmp_path):
-    teacher = f"{transformer_file}" if kind == "transformer" else f"{program[1]} --trust-teacher"
-    line = f"{script} {LINES[script]} --teacher {teacher}"
+def test_scripts_distil_todays_teachers_on_one_process_and_on_two(script, kind, lines, on_two, tmp_path):
+    line = lines[script, kind]
     run(f"{line} --out {tmp_path}/one")
-    run_script(f"{line} --out {tmp_path}/two", processes=2)
-    one, two = losses_of(tmp_path / "one"), losses_of(tmp_path / "two")
+    one, two = losses_of(tmp_path / "one"), losses_of(on_two[script, kind])
     assert len(one) == 2 and one == pytest.approx(two, rel=1e-3)
     for stop in (2, 6):
         run(f"{line} --out {tmp_path}/parts --max-steps {stop}")
@@ -279,18 +305,20 @@ def test_torchvisions_weights_are_a_teacher(script, tmp_path, monkeypatch):
         run(f"{line} --out {tmp_path}/none")
 
 
-def test_linear_eval_takes_todays_teachers(program, transformer_file, tmp_path, capsys):
+def test_linear_eval_takes_todays_teachers(program, transformer_file, tmp_path, monkeypatch):
     """A transformer's positions follow the image size of the evaluation."""
-    line = "linear_eval.py --data shapes:40 --image-size 32 --cached --batch-size 20 --knn 5 --epochs 1"
-    run(f"{line} --weights {program[1]} {transformer_file} --trust-teacher --out {tmp_path}/eval")
+    draw, sizes = common.draw_shapes, []
+    monkeypatch.setattr(common, "draw_shapes", lambda count, size, **kw: sizes.append(size) or draw(60, size, **kw))
+    line = "linear_eval.py --data shapes:60 --cached --batch-size 20 --knn 5 --epochs 1 --trust-teacher"
+    run(f"{line} --weights {program[1]} {transformer_file} --image-size 32 --out {tmp_path}/eval")
     result = json.loads((tmp_path / "eval" / "eval.json").read_text())
     assert [result[str(path)]["feature_dim"] for path in (program[1], transformer_file)] == [16, 192]
     assert result[str(program[1])]["parameters"] == sum(p.numel() for p in program[0].parameters())
-    small = tmp_path / "small.pth"
-    torch.save(common.build_backbone("resnet8").state_dict(), small)
-    line = line.replace("--image-size 32 ", "")
-    run(f"{line} --weights {transformer_file} {small} --out {tmp_path}/sizes")  # both at 64 pixels
-    assert f"{small}" in capsys.readouterr().out
+    large = {"arch": "resnet8", "image_size": 72, "state_dict": common.build_backbone("resnet8").state_dict()}
+    torch.save(large, tmp_path / "large.pth")
+    for weights, size in ((transformer_file, 64), (f"{transformer_file} {tmp_path}/large.pth", 72)):
+        run(f"{line} --weights {weights} --out {tmp_path}/{size}")
+        assert sizes[-1] == size
 
 
 MISTAKES = {
