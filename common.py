@@ -98,7 +98,7 @@ def run_script(main):
             message = message if rank() == 0 else ""
     if not connected():
         if status != 2 or os.environ.get("LOCAL_RANK", "0") == "0":  # all processes meet the same mistake
-            print(message, file=sys.stderr)
+            tqdm.write(message, file=sys.stderr)
         sys.exit(status)
     for number in (signal.SIGINT, *STOP_SIGNALS):  # torchrun now sends them to all processes
         signal.signal(number, signal.SIG_IGN)

@@ -155,6 +155,7 @@ def run_script(line, processes=1, cwd=ROOT, check=True):
 def run(line):
     """Run a command line in this process, which takes no start."""
     script, *arguments = line.split()
+    common.list_folder.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [script, *arguments])
         common.run_script(importlib.import_module(script.removesuffix(".py")).main)
