@@ -269,8 +269,7 @@ def test_a_file_that_cannot_be_written_leaves_the_last_good_one(name, obstacle, 
     message = refused(f"{MOCO} --epochs 2 --out {half_run}", capfd)
     assert word in message and name in message and "same command" in message
     assert name == "backbone.pth" or (half_run / name).read_bytes() == before
-    if obstacle == "folder":
-        beside.rmdir()
+    beside.rmdir() if obstacle == "folder" else beside.unlink()
     run(f"{MOCO} --epochs 2 --out {half_run}")
     assert common.load_file(half_run / "checkpoint.pth", whole=True)["step"] == 8
 
