@@ -1594,17 +1594,21 @@ def knn_accuracy(train, val, ks, num_classes, temperature=0.07):
     }
 
 
-class KnnProbe:
-    """20-NN accuracy of the validation images during training, which shows a collapse early."""
+def knn_probe(encoder, args, image_size, device):
+    """A function that returns {"knn": 20-NN accuracy in percent} of an Encoder, which shows a collapse early.
 
-    def __init__(self, args, image_size, device):
-        *self.sets, _ = load_labelled(args.data, args.data_root, device, image_size)
-        self.options = image_size, args.batch_size, args.workers, device
+    None without --knn-every.
+    """
+    if not args.knn_every:
+        return None
+    *sets, _ = load_labelled(args.data, args.data_root, device, image_size)
 
-    def __call__(self, encoder):
-        """{"knn": accuracy in percent} of an Encoder's features."""
-        train, val = (extract_features(encoder, dataset, *self.options) for dataset in self.sets)
-        return {"knn": knn_accuracy(train, val, [20], self.sets[0].num_classes)["knn"][20]}
+    def evaluate():
+        options = image_size, args.batch_size, args.workers, device
+        train, val = (extract_features(encoder, dataset, *options) for dataset in sets)
+        return {"knn": knn_accuracy(train, val, [20], sets[0].num_classes)["knn"][20]}
+
+    return evaluate
 
 
 # ----------------------------------------------------------------------------------------------------------------- Runs
@@ -1653,7 +1657,7 @@ class Run:
         self.step, self.epoch, self.lr = 0, 0, 0.0
         self.losses, self.named = [], set()  # since the last line of the log; unreadable images that it names
         self.unsaved, self.saved_at = False, time.monotonic()
-        self.stop_signal, self.asked, self.writer = None, None, None
+        self.stop_signal, self.asked, self.writer, self.pid = None, None, None, os.getpid()
         FolderDataset.unreadable.clear()
         for number in STOP_SIGNALS:
             signal.signal(number, self.on_signal)
@@ -1881,9 +1885,10 @@ class Run:
 
     def on_signal(self, number, frame):
         """Stop after the current step, or now if everything is saved."""
-        self.stop_signal = signal.Signals(number).name
-        if not self.unsaved:
-            self.stop()
+        if os.getpid() == self.pid:  # and not a worker that starts
+            self.stop_signal = signal.Signals(number).name
+            if not self.unsaved:
+                self.stop()
 
     def stop(self):
         """Raise Stopped."""

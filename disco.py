@@ -13,7 +13,6 @@ teacher's, while the MoCo v2 loss against a mean student keeps instances apart.
 
 import copy
 import math
-from functools import partial
 
 import torch
 import torch.nn as nn
@@ -144,7 +143,7 @@ def main():
         for network in model.children():
             network.compile()
     ddp_model = common.distribute(model)
-    evaluate = partial(common.KnnProbe(args, size, device), student) if args.knn_every else None
+    evaluate = common.knn_probe(student, args, size, device)
 
     for epoch in run.epochs(args.epochs, len(loader), evaluate, args.knn_every):
         lr = cosine_lr(args.lr, epoch, args.epochs)

@@ -15,7 +15,6 @@ The baseline for the distilled students, and the way to a teacher:
 
 import copy
 import math
-from functools import partial
 
 import torch
 import torch.nn as nn
@@ -109,7 +108,7 @@ def main():
         model.encoder.compile()
         model.momentum_encoder.compile()
     ddp_model = common.distribute(model)
-    evaluate = partial(common.KnnProbe(args, size, device), encoder) if args.knn_every else None
+    evaluate = common.knn_probe(encoder, args, size, device)
 
     for epoch in run.epochs(args.epochs, len(loader), evaluate, args.knn_every):
         lr = cosine_lr(args.lr, epoch, args.epochs)

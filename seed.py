@@ -15,7 +15,6 @@ and the image's own, the student's distribution of similarities shall be the tea
 """
 
 import math
-from functools import partial
 
 import torch
 import torch.nn as nn
@@ -162,7 +161,7 @@ def main():
         for network in model.children():
             network.compile()
     ddp_model = common.distribute(model)
-    evaluate = partial(common.KnnProbe(args, size, device), student) if args.knn_every else None
+    evaluate = common.knn_probe(student, args, size, device)
 
     for epoch in run.epochs(args.epochs, len(loader), evaluate, args.knn_every):
         lr = warmup_cosine_lr(args.lr, args.batch_size, epoch, args.epochs, args.warmup_epochs)
