@@ -1,7 +1,7 @@
 """DisCo: Distilled Contrastive Learning (Gao et al., ECCV 2022, arXiv:2104.09124).
 
-A small student learns from a frozen self-supervised teacher: for each of two views its embedding is pulled onto the
-teacher's, while the MoCo v2 loss against a mean student keeps instances apart.
+A small student learns from a frozen self-supervised teacher. For each of two views its embedding moves to the
+teacher's; the loss of MoCo v2, with a mean student as key encoder, separates the images.
 
     loss = InfoNCE(s(x1), m(x2), queue) + w * (|s(x1) - t(x1)|^2 + |s(x2) - t(x2)|^2)
 
@@ -95,7 +95,7 @@ class DisCo(nn.Module):
         return {"loss": loss, "contrastive": contrastive, "distill": distill}, keys
 
     def update_mean_student(self):
-        """Move the mean student's parameters a small step towards the student's. Its BatchNorm keeps own statistics."""
+        """Update the moving average of the student's parameters; BatchNorm statistics are not averaged."""
         self.update_average(list(self.mean_student.parameters()), list(self.student.parameters()), None)
 
     @torch.no_grad()

@@ -1,7 +1,7 @@
 """MoCo v2: Improved Baselines with Momentum Contrastive Learning (Chen et al., 2020, arXiv:2003.04297).
 
-Two random views of an image shall have the same embedding, and another one than all images in a queue. The queue is
-filled by a slowly moving copy of the encoder, so that its entries stay comparable.
+Two random views of an image get similar embeddings, different from those of the images in a queue. A moving average of
+the encoder makes the queue's entries, so that they stay comparable.
 
     loss = InfoNCE(e(x1), m(x2), queue) = -log( exp(e(x1).m(x2) / T) / (exp(e(x1).m(x2) / T) + sum_k exp(e(x1).k / T)) )
 
@@ -65,7 +65,7 @@ class MoCo(nn.Module):
         return {"loss": info_nce(query, common.local_share(keys), self.queue, self.temperature)}, keys
 
     def update_momentum_encoder(self):
-        """Move the momentum encoder's parameters a step towards the encoder's; its BatchNorm keeps own statistics."""
+        """Update the moving average of the encoder's parameters; BatchNorm statistics are not averaged."""
         self.update_average(list(self.momentum_encoder.parameters()), list(self.encoder.parameters()), None)
 
     @torch.no_grad()

@@ -1,7 +1,7 @@
 """SEED: Self-Supervised Distillation for Visual Representation (Fang et al., ICLR 2021, arXiv:2101.04731).
 
-A small student learns to see an image among others as a frozen teacher does: over a queue of the teacher's embeddings
-and the image's own, the student's distribution of similarities shall be the teacher's. One view; no contrastive term.
+A small student learns the similarities between images from a frozen teacher: its distribution of similarities to a
+queue of the teacher's embeddings, and to the image's own, moves to the teacher's. One view; no contrastive term.
 
     loss = cross-entropy(p_teacher, p_student),   p(k) = softmax_k(z.d_k / T),   D+ = (t(x), queue)
 

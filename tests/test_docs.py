@@ -98,7 +98,8 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
         file = tmp_path / "runs" / f"{name}.pth"
         file.parent.mkdir(parents=True)
         torch.save(state, file)
-    names = {}
+    torch.save({"teacher": {}}, "checkpoint.pth")
+    names = {"MyNetwork": lambda: torch.nn.Sequential(torch.nn.Conv2d(3, 4, 16, 16), torch.nn.Flatten())}
     for block in blocks(page, "python"):
         exec(block, names)
     if page.stem == "README":

@@ -184,7 +184,6 @@ def program(tmp_path_factory):
     pages = "".join(page.read_text() for page in sorted((ROOT / "docs").glob("*.md")))
     blocks = re.findall(r"```python\n(.*?)```", pages, flags=re.DOTALL)
     (lines,) = {block for block in blocks if "torch.export.save" in block}
-    assert len(lines.strip().splitlines()) <= 6  # with an empty one
     lines = re.sub(r"^network = .*", "", lines, flags=re.MULTILINE).replace("224", "32")
     path = tmp_path_factory.mktemp("program") / "teacher.pt2"
     exec(lines.replace("teacher.pt2", str(path)), {"network": network})
