@@ -1,8 +1,8 @@
 """SSKD: Knowledge Distillation Meets Self-Supervision (Xu et al., ECCV 2020, arXiv:2006.07114).
 
-A labelled teacher tells a student more than its classes: how much an image looks like another one's rotations. Both get
-a head for the contrastive task "which upright image is this rotated one?"; the student learns the teacher's answers,
-mistakes included, beside its predictions on upright and on rotated images.
+A labelled teacher knows more than classes: also how similar an image is to rotated versions of others. Both networks
+get a head for a contrastive task, "which upright image is this rotated one?". The student learns the teacher's answers,
+mistakes included, in addition to its predictions on upright and on rotated images.
 
     loss = 0.1 CE + 0.9 KD + 2.7 TF + 10 SS        each of KD, TF, SS is T^2 KL(softmax(teacher/T), softmax(student/T))
 
@@ -11,8 +11,8 @@ mistakes included, beside its predictions on upright and on rotated images.
     with the smallest error level, the rank of the true answer among the teacher's (selective transfer).
 
 Three stages: a labelled teacher (trained here, or any labelled file); its self-supervision head, the teacher frozen;
-the student. An image gives four in a row, turned by 0, 90, 180 and 270 degrees counter-clockwise; as in the released
-code the flip is the same for all four and the crop from the padded image is drawn for each, after the turn.
+the student. An image gives four rows, rotated by 0, 90, 180 and 270 degrees counter-clockwise. As in the released code,
+the four share one flip, and each is cropped at random from its padded image after the rotation.
 The defaults are the released code's for CIFAR-100; for a folder of images they become those of torchdistill's run on
 ImageNet: 100 epochs of 256 images at a learning rate of 0.1, a head trained for 30.
 
@@ -32,7 +32,7 @@ import common
 
 # --------------------------------------------------------------------------------------------------------------- Losses
 #
-# Rows 4i to 4i + 3 of a tensor over a batch of B images are image i, turned by 0, 90, 180 and 270 degrees.
+# Rows 4i to 4i + 3 of a tensor over a batch of B images are image i, rotated by 0, 90, 180 and 270 degrees.
 
 
 def upright(rows):
@@ -41,12 +41,12 @@ def upright(rows):
 
 
 def rotated(rows):
-    """The turned images: (4B, ...) -> (3B, ...)."""
+    """The rotated images: (4B, ...) -> (3B, ...)."""
     return rows.unflatten(0, (-1, 4))[:, 1:].flatten(0, 1)
 
 
 def similarities(embedding):
-    """Cosine similarities of each turned image to all upright ones: (4B, D) -> (3B, B)."""
+    """Cosine similarities of each rotated image to all upright ones: (4B, D) -> (3B, B)."""
     embedding = F.normalize(embedding, dim=1)
     return rotated(embedding) @ upright(embedding).T
 
@@ -152,9 +152,9 @@ def gather_with_gradient(x):
 class SSKD(nn.Module):
     """Student, frozen teacher and the self-supervision heads of both.
 
-    student, teacher: common.Classifier. weights: {"ce", "kd", "tf", "ss"}; where tf and ss weigh nothing, images come
-    upright alone and there are no heads, and where kd weighs nothing either, no teacher is needed: knowledge
-    distillation and plain training. options: keywords of `sskd_losses`.
+    student, teacher: common.Classifier. weights: of {"ce", "kd", "tf", "ss"}. If tf and ss are 0, images are not rotated
+    and there are no heads: knowledge distillation. If kd is 0 too, no teacher is needed: plain training.
+    options: keyword arguments of `sskd_losses`.
     """
 
     def __init__(self, student, teacher, weights, **options):
