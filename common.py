@@ -84,24 +84,25 @@ def run_script(main):
         if connected():
             dist.destroy_process_group()
         return
-    except UserError as error:
-        status, message = 2, f"{script}: error: {error}"
-    except Stopped as error:
-        status, message = 143, f"{script}: {error}"
-    except KeyboardInterrupt:
-        status, message = 130, "interrupted; the same command continues from the last checkpoint"
-    except Exception as error:
+    except (Exception, Stopped, KeyboardInterrupt) as error:
+        if connected():
+            for number in (signal.SIGINT, *STOP_SIGNALS):  # torchrun now sends them to all processes
+                signal.signal(number, signal.SIG_IGN)
         status, message = 1, traceback.format_exc()
         gone = re.search(r"Connection (closed|reset) by \w*\s?peer|Broken pipe|ncclRemoteError", str(error))
-        if isinstance(error, RuntimeError) and gone:  # of gloo or NCCL; any other reason of theirs is printed whole
+        if isinstance(error, UserError):
+            status, message = 2, f"{script}: error: {error}"
+        elif isinstance(error, Stopped):
+            status, message = 143, f"{script}: {error}"
+        elif isinstance(error, KeyboardInterrupt):
+            status, message = 130, "interrupted; the same command continues from the last checkpoint"
+        elif isinstance(error, RuntimeError) and gone:  # of gloo or NCCL; any other reason of theirs is printed whole
             message = f"{script}: lost contact with another process, which ended without a message ({gone[0]})"
             message = message if rank() == 0 else ""
     if not connected():
         if status != 2 or os.environ.get("LOCAL_RANK", "0") == "0":  # all processes meet the same mistake
             tqdm.write(message, file=sys.stderr)
         sys.exit(status)
-    for number in (signal.SIGINT, *STOP_SIGNALS):  # torchrun now sends them to all processes
-        signal.signal(number, signal.SIG_IGN)
     with contextlib.suppress(dist.DistError):  # the store is gone, with the process that failed first
         if message and dist.distributed_c10d._get_default_store().add("failures", 1) == 1:
             tqdm.write("\n" * (rank() > 0) + message, file=sys.stderr)  # not in the line of rank 0's progress bar
