@@ -1433,8 +1433,8 @@ def config_image_size(path):
     """The image size of the run that wrote a backbone.pth, from the config.json beside it; None without one."""
     try:
         config = json.loads(Path(path).with_name("config.json").read_text()) if path != "torchvision" else {}
-        arguments = config["arguments"]
-        return config.get("image_size") or arguments["image_size"] or default_image_size(arguments["data"])
+        arguments = config.get("arguments", {})
+        return config.get("image_size") or arguments.get("image_size") or default_image_size(arguments["data"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
