@@ -1078,9 +1078,7 @@ def check_input_size(network, arch, image_size, option="--image-size"):
         network.eval()(torch.zeros(1, 3, image_size, image_size))
     except (RuntimeError, ValueError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{arch} does not take images of {image_size} pixels ({reason}): pass another {option}"
-        ) from None
+        raise UserError(f"{arch} does not take images of {image_size} pixels ({reason}): change {option}") from None
     network.train()
 
 
@@ -1219,9 +1217,7 @@ def load_teacher(path, arch=None, image_size=None, trust=False):
     """
     if str(path).endswith(".pt2"):
         if not trust:
-            raise UserError(
-                f"{path} is a program, which can run any code: pass --trust-teacher if you trust its author"
-            )
+            raise UserError(f"{path} is a program, which can run any code: pass --trust-teacher if you trust it")
         encoder = Encoder(Program(path, image_size), nn.Identity())
     else:
         backbone, parts, layout = load_backbone(path, arch, image_size)
@@ -1376,8 +1372,8 @@ def config_image_size(path):
     """The image size of the run that wrote a backbone.pth, from the config.json beside it; None without one."""
     try:
         config = json.loads(Path(path).with_name("config.json").read_text()) if path != "torchvision" else {}
-        arguments = config["arguments"]
-        return config.get("image_size") or arguments["image_size"] or default_image_size(arguments["data"])
+        arguments = config.get("arguments", {})
+        return config.get("image_size") or arguments.get("image_size") or default_image_size(arguments["data"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
@@ -1449,6 +1445,7 @@ def candidates(state):
 
     regnet = any("trunk_output" in key for key in state)
     names = [name for name in sorted(TORCHVISION_NETWORKS, key=distance)[:12] if ("regnet" in name) == regnet]
+    names = [name for name in names if not name.startswith("vit_")]  # recognised before, by their keys
     return list(dict.fromkeys([*names, *CIFAR_NETWORKS, *WIDENED]))
 
 

@@ -624,6 +624,7 @@ def test_a_file_that_fits_nothing_is_refused_after_few_networks(tmp_path, monkey
 
 @pytest.mark.parametrize("config, size", [
     ({"image_size": 24, "arguments": {"data": "shapes", "image_size": None}}, 24),
+    ({"image_size": 24}, 24),
     ({"arguments": {"data": "shapes:40", "image_size": 24}}, 24),
     ({"arguments": {"data": "shapes:40", "image_size": None}}, 32),
     ({"arguments": {"data": "stl10", "image_size": None}}, 96),
