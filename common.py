@@ -1430,7 +1430,7 @@ def build_head(state, activation=nn.ReLU):
 
 
 def candidates(state):
-    """Names of networks that a state dict may be of: torchvision's of about its number of parameters, and all others.
+    """Names of networks that a state dict may be of: those with about its number of parameters.
 
     The metadata of torchvision's weights has that number with a classifier of 1000 classes. The last matrix of the
     file is a classifier of any number of classes, or the file has none.
@@ -1446,7 +1446,8 @@ def candidates(state):
     regnet = any("trunk_output" in key for key in state)
     names = [name for name in sorted(TORCHVISION_NETWORKS, key=distance)[:12] if ("regnet" in name) == regnet]
     names = [name for name in names if not name.startswith("vit_")]  # recognised before, by their keys
-    return list(dict.fromkeys([*names, *CIFAR_NETWORKS, *WIDENED]))
+    others = CIFAR_NETWORKS if min(counts) < 4e7 else WIDENED  # of at most 24 and at least 94 million
+    return list(dict.fromkeys([*names, *others]))
 
 
 @cache
