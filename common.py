@@ -1621,12 +1621,10 @@ FREE_ARGUMENTS = {"out", "data_root", "workers", "max_steps", "knn_every", "chec
 
 @contextlib.contextmanager
 def writing(path, mode="ab"):
-    """Open a file and flush it to the disk in the end; an error, as of a full disk, becomes a UserError."""
+    """Open a file; an error, as of a full disk, becomes a UserError."""
     try:
         with open(path, mode) as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:
         error = error if isinstance(error, OSError) else error.__context__ or error  # torch.save hides the cause
         raise UserError(f"cannot write {path} ({getattr(error, 'strerror', error)}): free space or correct the "
@@ -1638,6 +1636,8 @@ def atomic_write(path, write):
     temporary = path.with_name(f".{path.name}.tmp")
     with writing(temporary, "wb") as file:
         write(file)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
@@ -1852,7 +1852,9 @@ class Run:
         if not torch.stack([param.isfinite().all() for param in params]).all():
             self.raise_not_finite("a weight", self.step)
         if rank() == 0:
-            log = self.folder / "log.jsonl"
+            with writing(self.folder / "log.jsonl") as log:
+                os.fsync(log.fileno())
+                log_bytes = log.tell()
             checkpoint = {
                 **self.metadata,
                 "step": self.step,
@@ -1860,7 +1862,7 @@ class Run:
                 "optimizer": optimizer.state_dict(),
                 "scaler": scaler.state_dict(),
                 "losses": self.losses,
-                "log_bytes": log.stat().st_size if log.exists() else 0,
+                "log_bytes": log_bytes,
                 "unreadable": sorted(self.named),
             }
             atomic_write(self.folder / "checkpoint.pth", lambda file: torch.save(checkpoint, file))

@@ -152,7 +152,7 @@ def gather_with_gradient(x):
 class SSKD(nn.Module):
     """Student, frozen teacher and the self-supervision heads of both.
 
-    student, teacher: common.Classifier. weights: of {"ce", "kd", "tf", "ss"}. If tf and ss are 0, images are not rotated
+    student, teacher: common.Classifier. weights: {"ce", "kd", "tf", "ss"}. If tf and ss are 0, images are not rotated
     and there are no heads: knowledge distillation. If kd is 0 too, no teacher is needed: plain training.
     options: keyword arguments of `sskd_losses`.
     """

@@ -424,27 +424,26 @@ def saving(folder):
     """Print the pause of a checkpoint on the disk of `folder`, and the cost of tracking a step."""
     backbone = common.build_backbone("resnet50")
     model = MoCo(common.Encoder(backbone, common.mlp_head(2048, 2048, 128)))
-    optimizer = torch.optim.SGD(model.encoder.parameters(), 0.03, momentum=0.9, fused=True)
-    for weight in model.encoder.parameters():
-        weight.grad = torch.zeros_like(weight)
-    optimizer.step()
-    args = argparse.Namespace(out=str(folder), tensorboard=False, checkpoint_minutes=10.0, max_bad_images=0)
-    run = common.Run("moco_v2", args)
-    run.resume(model, optimizer, torch.amp.GradScaler("cpu"), arch="resnet50", image_size=224)
+    optimizer = common.sgd(model.encoder.parameters(), 0.03, 1e-4)
+    args = argparse.Namespace(out=str(folder), tensorboard=False, checkpoint_minutes=10.0, max_bad_images=0,
+                              max_steps=None, batch_size=256)  # fmt: skip
+    run = common.Run("moco_v2", args, arch="resnet50", image_size=224)
+    run.resume(model, optimizer, torch.amp.GradScaler("cpu"))
     seconds = []
-    for step in range(1, 8):
+    for _ in range(7):
         start = time.perf_counter()
-        run.save(step)
+        run.save()
         seconds.append(time.perf_counter() - start)
-    size = run.path.stat().st_size / 2**20
+    size = (run.folder / "checkpoint.pth").stat().st_size / 2**20
     pause, low, high = statistics.median(seconds), min(seconds), max(seconds)
     print(f"saving, ResNet-50, queue 65536: {size:.0f} MiB, pause {pause:.2f} s ({low:.2f} to {high:.2f}), "
           f"every 10 minutes {pause / 6:.2f} % of the run")  # fmt: skip
-    run.start_bar(0, 1000, 256)
+    epochs = run.epochs(1, 1001)
+    next(epochs)
+    run.clock = 0, time.perf_counter()
     start = time.perf_counter()
-    for step in range(1, 1001):
-        run.track(step, 0, {"loss": torch.tensor(1.0)}, 0.03, epoch_ends=False)
-    run.bar.close()
+    for _ in range(1000):
+        run.track({"loss": torch.tensor(1.0)}, 0.03)
     print(f"tracking: {1e3 * (time.perf_counter() - start):.0f} us a step")
 
 

@@ -405,7 +405,7 @@ def test_the_first_loss_that_is_not_finite_is_named(bare_run):
     with pytest.raises(common.UserError, match="a loss is not finite at step 3, epoch 0, learning rate"):
         bare.track({"loss": torch.tensor(5.0)}, 0.1)
     assert common.load_file(bare.folder / "checkpoint.pth")["step"] == 0
-    assert not (bare.folder / "log.jsonl").exists()
+    assert not log_of(bare.folder)
 
 
 def test_a_weight_that_is_not_finite_is_not_saved(bare_run):
