@@ -162,8 +162,8 @@ def main():
             raise common.UserError(f"--weights names {name} twice")
     files = {name: load_weights(args, name, args.image_size) for name in args.weights if name != "random"}
     sizes = [encoder.backbone.image_size for encoder in files.values()]
-    size = args.image_size or max(sizes, default=None)
-    train, val, size = common.load_labelled(args.data, args.data_root, device, size)
+    size = args.image_size or max(sizes, default=common.default_image_size(args.data))
+    train, val = common.load_labelled(args.data, args.data_root, device, size)
     if args.label_list:
         train = subset_from_list(train, args.label_list)
     train = common.subsample_per_class(train, args.label_fraction, args.seed)
@@ -323,7 +323,7 @@ def draw_neighbours(path, datasets, features, size, queries=8, neighbours=10):
         return
 
     def pixels(dataset, numbers):
-        request = common.BatchRequest(numbers.flatten().cpu().numpy(), [common.View(size)])
+        request = common.center_crops(numbers.flatten().cpu().numpy(), size)
         images = common.TF.to_dtype(dataset[request][0][0].cpu(), torch.float32, scale=True)
         return F.interpolate(images, max(64, size), mode="nearest").unflatten(0, numbers.shape)
 

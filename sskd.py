@@ -222,7 +222,8 @@ def noisy_labels(labels, num_classes, noise, seed):
 def main():
     args = parse_args()
     device = common.init_device(args.seed)
-    train, val, size = common.load_labelled(args.data, args.data_root, device, args.image_size)
+    size = args.image_size or common.default_image_size(args.data)
+    train, val = common.load_labelled(args.data, args.data_root, device, size)
     train = common.subsample_per_class(train, args.label_fraction, args.seed)
     if args.label_noise:
         train.labels = noisy_labels(train.labels, train.num_classes, args.label_noise, args.seed)
@@ -345,7 +346,7 @@ def parse_args():
     args = parser.parse_args()
     if bool(args.train_teacher) == bool(args.teacher and args.student) or (args.train_teacher and args.teacher):
         raise common.UserError("pass either --train-teacher NAME, or --teacher FILE and --student NAME")
-    folder = (args.data or "").partition(":")[0] not in (*common.SMALL_SETS, "shapes")
+    folder = (args.data or "").partition(":")[0] not in common.SMALL_SETS
     network = args.train_teacher or args.student
     parser.set_defaults(**(IMAGENET if folder else CIFAR))
     if network in SLOW and not folder:
