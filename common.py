@@ -298,18 +298,13 @@ BatchRequest = namedtuple("BatchRequest", "indices views random_params seeds")
 
 
 class ArrayDataset:
-    """A small set as one uint8 tensor (N, 3, H, W) on the training device, which crops a whole batch at once.
-
-    mean_std: mean and standard deviation of the channels, for `normalize` (default: ImageNet's).
-    """
+    """A small set as one uint8 tensor (N, 3, H, W) on the training device, which crops a whole batch at once."""
 
     in_memory = True
 
-    def __init__(self, images, labels, num_classes, device, mean_std=None):
-        self.images = images.to(device)
+    def __init__(self, images, labels, num_classes, device, mean_std=IMAGENET_MEAN_STD):
+        self.images, self.num_classes, self.mean_std = images.to(device), num_classes, mean_std
         self.labels = torch.as_tensor(labels, dtype=torch.long, device=device)
-        self.num_classes = num_classes
-        self.mean_std = mean_std or IMAGENET_MEAN_STD
 
     def __len__(self):
         return len(self.images)
@@ -364,8 +359,7 @@ class FolderDataset:
                     rows[row] = crop_image(image, view, random_params[row : row + 1])
             elif request.seeds:
                 path, reason = unreadable.popitem()
-                return UserError(f"10 unreadable images, one after the other, the last {path} ({reason}): repair or "
-                                 "remove them")  # fmt: skip
+                return UserError(f"10 unreadable images in a row, the last {path} ({reason}): repair or remove them")
         return views, labels, unreadable
 
     def read(self, index, unreadable):
@@ -381,9 +375,8 @@ class FolderDataset:
 def list_folder(root):
     """Paths, labels and class names of the images in ROOT/CLASS/, in the order of torchvision's ImageFolder.
 
-    Paths: uint8 (N, longest path), each row the bytes of a path and zeros. labels: (N,). One process of each machine
-    lists the folder into a temporary file, which its other processes and all workers map: a machine holds the paths
-    once. Each folder is listed once in a run.
+    Paths: uint8 (N, longest path), each row the bytes of a path and zeros; labels: (N,). One process of each machine
+    lists a folder, once in a run, into a temporary file, which its other processes and all workers map.
     """
     local_rank, listing = int(os.environ.get("LOCAL_RANK", 0)), None
     try:
@@ -413,9 +406,8 @@ def read_image(path):
         with Image.open(path) as image:
             if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
                 levels = np.asarray(image)
-                grey = np.rint(levels / 257).astype(np.uint8)
-                grey[levels == image.info.get("transparency")] = 255
-                return torch.from_numpy(grey).expand(3, -1, -1)
+                grey = np.where(levels == image.info.get("transparency"), 255, np.rint(levels / 257))
+                return torch.from_numpy(grey.astype(np.uint8)).expand(3, -1, -1)
             if image.has_transparency_data:
                 white = Image.new("RGBA", image.size, "white")
                 image = Image.alpha_composite(white, image.convert("RGBA"))
@@ -449,17 +441,16 @@ def load_dataset(data, data_root, split, device, image_size=None):
     if name == "shapes":
         count = count or "8000"
         if not count.isdecimal() or int(count) < 10:
-            raise UserError(f"--data {data}: after the colon comes the number of images, at least 10, as in "
-                            "shapes:2000")  # fmt: skip
-        val = split == "val"
-        return ArrayDataset(*draw_shapes(2000 if val else int(count), image_size or 32, seed=int(val)), 10, device)
+            raise UserError(f"--data {data}: pass a number of images, at least 10, as in shapes:2000")
+        count, seed = (2000, 1) if split == "val" else (int(count), 0)
+        return ArrayDataset(*draw_shapes(count, image_size or 32, seed), 10, device)
     if data in SMALL_SETS:
         mean_std = CIFAR_MEAN_STD if data.startswith("cifar") else IMAGENET_MEAN_STD
         return ArrayDataset(*load_small_set(data, data_root, split), device, mean_std)
     folder = Path(data or "data/imagenet") / ("train" if split == "pretrain" else split)
     if not folder.is_dir():
-        raise UserError(f"no folder {folder}: pass --data FOLDER with train/ and val/ in it, or --data with one of "
-                        f"{', '.join(SMALL_SETS)}")  # fmt: skip
+        names = ", ".join(SMALL_SETS)
+        raise UserError(f"no folder {folder}: pass --data FOLDER with train/ and val/ in it, or one of {names}")
     return FolderDataset(folder)
 
 
@@ -507,8 +498,8 @@ def load_small_set(name, root, split):
             try:
                 found = opener(root, download=fetch, **options)
             except (OSError, RuntimeError) as error:
-                raise UserError(f"{name} is not in {root} and could not be fetched ({str(error).splitlines()[0]}): "
-                                "pass --data-root") from None  # fmt: skip
+                reason = str(error).splitlines()[0]
+                raise UserError(f"cannot open or fetch {name} in {root} ({reason}): pass --data-root") from None
         gather(torch.zeros(1))  # the others wait
     images = torch.as_tensor(found.data)
     if images.ndim == 3:  # grey: three channels that share their memory
@@ -545,10 +536,10 @@ def draw_shapes(count, size, seed):
     palette = np.array([[0.85, 0.65, 0.35], [0.25, 0.35, 0.60], [0.50, 0.50, 0.45], [0.40, 0.45, 0.55]])
     grid = ((np.arange(size) + 0.5) / size - 0.5).astype(np.float32)
     for start in range(0, count, 1000):  # a thousand images at a time, to keep memory small
-        shape, texture = np.divmod(labels[start : start + 1000, None, None], len(TEXTURES))
+        shape, texture = np.divmod(labels[start : start + 1000, None, None, None], len(TEXTURES))
 
-        def vary(low, high, *dims, count=shape.size):
-            return rng.uniform(low, high, (count, *(dims or (1, 1)))).astype(np.float32)
+        def vary(low, high, channels=1, count=shape.size):
+            return rng.uniform(low, high, (count, channels, 1, 1)).astype(np.float32)
 
         x, y = grid - vary(-0.1, 0.1), grid[:, None] - vary(-0.1, 0.1)
         angle, radius, frequency = vary(0, 2 * np.pi), vary(0.36, 0.48), vary(6, 10)
@@ -557,12 +548,12 @@ def draw_shapes(count, size, seed):
         pattern_u, pattern_v = frequency * u + vary(-np.pi, np.pi), frequency * v + vary(-np.pi, np.pi)
         distance = np.choose(shape, [edge(u, v) for edge in SHAPES.values()])
         pattern = np.choose(texture, [wave(pattern_u, pattern_v) for wave in TEXTURES.values()])
-        inside = np.clip(0.5 - distance * radius * size, 0, 1)[:, None]  # edges one pixel soft
-        ink = np.clip(0.5 + 2 * pattern, 0, 1)[:, None]
-        shade = np.clip(0.5 + vary(-0.3, 0.3) * grid + vary(-0.3, 0.3) * grid[:, None], 0, 1)[:, None]
-        light, dark, ground1, ground2 = (color[:, None, None] + vary(-0.05, 0.05, 3, 1, 1) for color in palette)
+        inside = np.clip(0.5 - distance * radius * size, 0, 1)  # edges one pixel soft
+        ink = np.clip(0.5 + 2 * pattern, 0, 1)
+        shade = np.clip(0.5 + vary(-0.3, 0.3) * grid + vary(-0.3, 0.3) * grid[:, None], 0, 1)
+        light, dark, ground1, ground2 = (color[:, None, None] + vary(-0.05, 0.05, 3) for color in palette)
         image = inside * (ink * light + (1 - ink) * dark) + (1 - inside) * (shade * ground1 + (1 - shade) * ground2)
-        image += vary(0.02, 0.06, 1, 1, 1) * rng.standard_normal(image.shape, dtype=np.float32)
+        image += vary(0.02, 0.06) * rng.standard_normal(image.shape, dtype=np.float32)
         images[start : start + 1000] = (image.clip(0, 1) * 255).round()
     return torch.from_numpy(images), torch.from_numpy(labels)
 
@@ -648,17 +639,12 @@ def augment_color(images, rng):
     drawn = draw_color(rng, len(images) * world_size(), images.shape[-1])
     jitter, order, factors, grey, blur, sigma = map(local_share, drawn.values())
     factors, sigma = (torch.from_numpy(x).to(images.device, images.dtype, non_blocking=True) for x in (factors, sigma))
-
-    def apply(operation, mask, values):
+    steps = [(jitter & (order[:, i] == j), JITTER[j], factors[:, j]) for i in range(4) for j in range(4)]
+    steps += [(grey, lambda x, _: TF.rgb_to_grayscale(x), sigma), (blur, gaussian_blur, sigma)]
+    for mask, operation, values in steps:
         if mask.any():
             rows = torch.from_numpy(np.flatnonzero(mask)).to(images.device, non_blocking=True)
             images[rows] = operation(images[rows], values[rows].view(-1, 1, 1, 1))
-
-    for position in range(4):
-        for i, operation in enumerate(JITTER.values()):
-            apply(operation, jitter & (order[:, position] == i), factors[:, i])
-    apply(lambda x, _: TF.rgb_to_grayscale(x, num_output_channels=3), grey, sigma)
-    apply(gaussian_blur, blur, sigma)
     return images
 
 
@@ -673,32 +659,30 @@ def adjust_hue(images, shift):
     return value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)
 
 
-JITTER = {  # operations on images x (n, 3, H, W) with a factor for each (n, 1, 1, 1)
-    "brightness": lambda x, factor: (x * factor).clamp_(0, 1),
-    "contrast": lambda x, factor: TF.rgb_to_grayscale(x).mean((2, 3), keepdim=True).lerp(x, factor).clamp_(0, 1),
-    "saturation": lambda x, factor: TF.rgb_to_grayscale(x).lerp(x, factor).clamp_(0, 1),
-    "hue": adjust_hue,
-}
+JITTER = (  # operations on images x (n, 3, H, W), each with factors (n, 1, 1, 1)
+    lambda x, brightness: (x * brightness).clamp_(0, 1),
+    lambda x, contrast: TF.rgb_to_grayscale(x).mean((2, 3), keepdim=True).lerp(x, contrast).clamp_(0, 1),
+    lambda x, saturation: TF.rgb_to_grayscale(x).lerp(x, saturation).clamp_(0, 1),
+    adjust_hue,
+)
 
 
 def gaussian_blur(images, sigma):
     """Blur each image by its own sigma (n, 1, 1, 1) in pixels; the kernel reaches to three times the largest sigma."""
-    n, channels, height, width = images.shape
-    radius = max(1, math.ceil(3 * 2.0 * max(height, width) / 224))
+    radius = max(1, math.ceil(3 * 2.0 * max(images.shape[2:]) / 224))
     offsets = torch.arange(-radius, radius + 1, device=images.device, dtype=images.dtype)
-    kernel = torch.softmax(-0.5 * (offsets / sigma.view(n, 1)) ** 2, dim=1).repeat_interleave(channels, 0)
-    images = F.pad(images.reshape(1, n * channels, height, width), [radius] * 4, mode="reflect")
-    images = F.conv2d(images, kernel[:, None, :, None], groups=n * channels)
-    images = F.conv2d(images, kernel[:, None, None, :], groups=n * channels)
-    return images.view(n, channels, height, width)
+    kernel = torch.softmax(-0.5 * (offsets / sigma.flatten(1)) ** 2, dim=1).repeat_interleave(images.shape[1], 0)
+    blurred = F.pad(images, [radius] * 4, mode="reflect").flatten(0, 1)[None]
+    blurred = F.conv2d(blurred, kernel[:, None, :, None], groups=len(kernel))
+    blurred = F.conv2d(blurred, kernel[:, None, None, :], groups=len(kernel))
+    return blurred.view_as(images)
 
 
 @dataclass(frozen=True)
 class View:
     """How to make a view of an image: crop, resize to `size` pixels, flip with probability 1/2, then `augment`.
 
-    scale: range of the crop's area, as a part of the image's; None takes the whole image of a set in memory, the
-    centre crop of an image file.
+    scale: range of the crop's area, as a part of the image's; None: the whole image (centre crop of an image file).
     augment: None, or a function (images, rng) that returns images: a batch of floats (n, 3, size, size) in [0, 1] on
     the device, n a process. All processes have the same rng, a numpy.random.Generator: the function draws for the
     global batch, n * world_size() images, and takes its `local_share`. It may return several rows an image.
