@@ -430,12 +430,12 @@ def default_image_size(data):
     return SMALL_SETS.get((data or "").partition(":")[0], 224)
 
 
-def load_dataset(data, data_root, split, device, image_size=None):
+def load_dataset(data, data_root, split, device, image_size=32):
     """One split of a data set.
 
     data: a folder, a name of `SMALL_SETS`, or "shapes:COUNT"; None means data/imagenet.
     split: "pretrain" (all images that a method may use without labels), "train" or "val".
-    image_size: pixels of drawn images (default 32).
+    image_size: pixels of drawn images.
     """
     name, _, count = (data or "").partition(":")
     if name == "shapes":
@@ -443,7 +443,7 @@ def load_dataset(data, data_root, split, device, image_size=None):
         if not count.isdecimal() or int(count) < 10:
             raise UserError(f"--data {data}: pass a number of images, at least 10, as in shapes:2000")
         count, seed = (2000, 1) if split == "val" else (int(count), 0)
-        return ArrayDataset(*draw_shapes(count, image_size or 32, seed), 10, device)
+        return ArrayDataset(*draw_shapes(count, image_size, seed), 10, device)
     if data in SMALL_SETS:
         mean_std = CIFAR_MEAN_STD if data.startswith("cifar") else IMAGENET_MEAN_STD
         return ArrayDataset(*load_small_set(data, data_root, split), device, mean_std)
@@ -454,7 +454,7 @@ def load_dataset(data, data_root, split, device, image_size=None):
     return FolderDataset(folder)
 
 
-def load_labelled(data, data_root, device, image_size=None):
+def load_labelled(data, data_root, device, image_size=32):
     """The training and the validation images of a data set; see `load_dataset`."""
     train, val = (load_dataset(data, data_root, split, device, image_size) for split in ("train", "val"))
     differ = set(getattr(train, "classes", ())) ^ set(getattr(val, "classes", ()))
@@ -560,8 +560,8 @@ def draw_shapes(count, size, seed):
 
 # --------------------------------------------------------------------------------------------------------- Augmentation
 #
-# The operations are torchvision's over a batch, with a parameter for each image. The CPU decides which images an
-# operation changes, so nothing here waits for the device.
+# torchvision's operations over a batch, with a parameter for each image. The CPU decides which images an operation
+# changes, so that nothing waits for the device.
 
 CROP_PARAMS = 23  # random numbers for a crop and a flip: ten tries of area and aspect ratio, position, flip
 
@@ -707,8 +707,8 @@ class Loader:
     """Batches of random views: the same images for any number of processes and workers.
 
     All random numbers of a batch follow from (seed, epoch, step). They are drawn here for the global batch, and each
-    process takes its share: they do not depend on who makes an image, and a resumed run needs no random state. An epoch
-    is len(self) steps; the images that do not fill a last batch are left out, others in each epoch.
+    process takes its share, so that a resumed run needs no random state. An epoch is len(self) steps; the images that
+    do not fill a last batch are left out, others in each epoch.
     """
 
     def __init__(self, dataset, views, batch_size, seed, workers, device):
@@ -717,7 +717,6 @@ class Loader:
         if batch_size % world_size():
             raise UserError(f"--batch-size {batch_size} cannot be shared out over {world_size()} processes")
         self.dataset, self.views, self.batch_size, self.seed, self.device = dataset, views, batch_size, seed, device
-        self.step, self.stop = 0, 0
         self.loader = make_dataloader(dataset, self, workers, device)
 
     def __len__(self):
@@ -735,10 +734,9 @@ class Loader:
             yield BatchRequest(indices, self.views, local_share(random_params).swapaxes(0, 1), (self.seed, epoch))
 
     def batches(self, step, stop):
-        """Batches from the run's step `step` to the end of its epoch, or to step `stop` if that comes first.
+        """Yield (views, labels) from the run's step `step` to the end of its epoch, or to step `stop` if that is first.
 
-        Yields (views, labels): a list of normalised float tensors (n, 3, size, size) on the device and labels (n,), n
-        images a process.
+        views: normalised float tensors (n, 3, size, size) on the device; labels: (n,); n images a process.
         """
         epoch = step // len(self)
         self.step, self.stop = step, min(stop, (epoch + 1) * len(self))
@@ -1453,7 +1451,8 @@ def load_strict(module, state, what, assign=False):
 
 def center_crops(indices, image_size):
     """The `BatchRequest` of evaluation: no random crop, no flip."""
-    return BatchRequest(indices, [View(image_size, scale=None)], np.ones((1, len(indices), CROP_PARAMS)), None)
+    random_params = np.broadcast_to(1.0, (1, len(indices), CROP_PARAMS))
+    return BatchRequest(indices, [View(image_size, scale=None)], random_params, None)
 
 
 @torch.no_grad()
@@ -1539,10 +1538,7 @@ def knn_accuracy(train, val, ks, num_classes, temperature=0.07):
 
 
 def knn_probe(encoder, args, image_size, device):
-    """A function that returns {"knn": 20-NN accuracy in percent} of an Encoder, which shows a collapse early.
-
-    None without --knn-every.
-    """
+    """A function that returns {"knn": 20-NN accuracy in percent} of an Encoder; None without --knn-every."""
     if not args.knn_every:
         return None
     sets = load_labelled(args.data, args.data_root, device, image_size)

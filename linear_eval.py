@@ -73,9 +73,10 @@ def evaluate(head, features, labels):
     }
 
 
-STEPS = (0.1, (0.6, 0.8))  # MoCo, SEED: cut by 10 at 60 and 80 of 100 epochs
-HALVINGS = (0.5, (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.6, 0.8))  # DisCo's released code
-SCHEDULES = {"steps": STEPS, "halvings": HALVINGS}
+SCHEDULES = {  # a factor, and after which parts of the epochs it applies: MoCo's and SEED's, DisCo's released code's
+    "steps": (0.1, (0.6, 0.8)),
+    "halvings": (0.5, (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.6, 0.8)),
+}
 
 
 def lr_factor(schedule, epoch, epochs):
@@ -134,8 +135,7 @@ def subset_from_list(dataset, path):
     Raises UserError for a set in memory, for a file that cannot be read and for a name that the folder does not have.
     """
     if dataset.in_memory:
-        raise common.UserError(f"--label-list {path} names files, but --data has none: pass a folder, or "
-                               "--label-fraction")  # fmt: skip
+        raise common.UserError(f"--label-list {path} needs a folder as --data; without one, pass --label-fraction")
     try:
         names = Path(path).read_text().split()
     except (OSError, ValueError) as error:
@@ -144,10 +144,9 @@ def subset_from_list(dataset, path):
     for number in range(len(dataset)):
         file = Path(dataset.path(number))
         places[file.name] = places[f"{file.parent.name}/{file.name}"] = number
-    absent = [name for name in names if name not in places]
-    if absent or not names:
-        raise common.UserError(f"--label-list {path} names {absent[0] if absent else 'no image'}, which the training "
-                               "images do not have")  # fmt: skip
+    absent = [name for name in names or ["no image"] if name not in places]
+    if absent:
+        raise common.UserError(f"--label-list {path} names {absent[0]}, which is not among the training images")
     return common.subset(dataset, np.unique([places[name] for name in names]))
 
 
@@ -171,7 +170,7 @@ def main():
         raise common.UserError(f"--knn {max(args.knn)} is larger than the {len(train)} training images")
     crop = common.View(size, scale=(0.08, 1.0), augment=None)
     loader = common.Loader(train, [crop], args.batch_size, args.seed, args.workers, device)
-    encoders = {name: files.get(name) or untrained(args.arch, size, args.seed) for name in args.weights}
+    encoders = {name: files.get(name) or load_weights(args, name, size) for name in args.weights}
     for name, encoder in encoders.items():
         if name in files and encoder.backbone.image_size != size:  # a transformer's positions are made for one size
             encoder = encoders[name] = load_weights(args, name, size)
@@ -220,17 +219,14 @@ def main():
 
 
 def load_weights(args, name, image_size):
-    """The Encoder of a file, or of `torchvision`'s labelled weights of --arch, frozen."""
-    arch = args.arch if name == "torchvision" else None
-    return common.load_teacher(name, arch, image_size, args.trust_teacher)
-
-
-def untrained(arch, image_size, seed):
-    """The Encoder of `random` weights, frozen."""
-    if not arch:
+    """The Encoder of a file, or of `torchvision` or `random` weights of --arch, frozen."""
+    if name != "random":
+        arch = args.arch if name == "torchvision" else None
+        return common.load_teacher(name, arch, image_size, args.trust_teacher)
+    if not args.arch:
         raise common.UserError("--weights random needs a network: pass --arch NAME")
-    torch.manual_seed(seed)
-    return common.Encoder(common.build_backbone(arch, image_size), nn.Identity()).requires_grad_(False).eval()
+    torch.manual_seed(args.seed)
+    return common.Encoder(common.build_backbone(args.arch, image_size), nn.Identity()).requires_grad_(False).eval()
 
 
 def load_or_extract(run, name, encoder, datasets, options):
