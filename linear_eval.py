@@ -73,10 +73,9 @@ def evaluate(head, features, labels):
     }
 
 
-SCHEDULES = {  # a factor, and after which parts of the epochs it applies: MoCo's and SEED's, DisCo's released code's
-    "steps": (0.1, (0.6, 0.8)),
-    "halvings": (0.5, (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.6, 0.8)),
-}
+STEPS = (0.1, (0.6, 0.8))  # MoCo, SEED: cut by 10 at 60 and 80 of 100 epochs
+HALVINGS = (0.5, (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.6, 0.8))  # DisCo's released code
+SCHEDULES = {"steps": STEPS, "halvings": HALVINGS}
 
 
 def lr_factor(schedule, epoch, epochs):
@@ -124,30 +123,6 @@ def gather_rows(features, numbers):
     rows = numbers - common.rank() * len(features)
     own = (rows >= 0) & (rows < len(features))
     return common.all_reduce(features[rows.clamp(0, len(features) - 1)].where(own[:, None], 0))
-
-
-# ----------------------------------------------------------------------------------------------------------------- Data
-
-
-def subset_from_list(dataset, path):
-    """The part of a folder that a text file names, a line an image: its file name, as in SimCLR's lists, or CLASS/NAME.
-
-    Raises UserError for a set in memory, for a file that cannot be read and for a name that the folder does not have.
-    """
-    if dataset.in_memory:
-        raise common.UserError(f"--label-list {path} needs a folder as --data; without one, pass --label-fraction")
-    try:
-        names = Path(path).read_text().split()
-    except (OSError, ValueError) as error:
-        raise common.UserError(f"cannot read --label-list {path} ({error})") from None
-    places = {}
-    for number in range(len(dataset)):
-        file = Path(dataset.path(number))
-        places[file.name] = places[f"{file.parent.name}/{file.name}"] = number
-    absent = [name for name in names or ["no image"] if name not in places]
-    if absent:
-        raise common.UserError(f"--label-list {path} names {absent[0]}, which is not among the training images")
-    return common.subset(dataset, np.unique([places[name] for name in names]))
 
 
 # ----------------------------------------------------------------------------------------------------------- Evaluation
@@ -218,6 +193,27 @@ def main():
         print_table(results)
 
 
+def subset_from_list(dataset, path):
+    """The part of a folder that a text file names, a line an image: its file name, as in SimCLR's lists, or CLASS/NAME.
+
+    Raises UserError for a set in memory, for a file that cannot be read and for a name that the folder does not have.
+    """
+    if dataset.in_memory:
+        raise common.UserError(f"--label-list {path} needs a folder as --data; without one, pass --label-fraction")
+    try:
+        names = Path(path).read_text().split()
+    except (OSError, ValueError) as error:
+        raise common.UserError(f"cannot read --label-list {path} ({error})") from None
+    places = {}
+    for number in range(len(dataset)):
+        file = Path(dataset.path(number))
+        places[file.name] = places[f"{file.parent.name}/{file.name}"] = number
+    absent = [name for name in names or ["no image"] if name not in places]
+    if absent:
+        raise common.UserError(f"--label-list {path} names {absent[0]}, which is not among the training images")
+    return common.subset(dataset, np.unique([places[name] for name in names]))
+
+
 def load_weights(args, name, image_size):
     """The Encoder of a file, or of `torchvision` or `random` weights of --arch, frozen."""
     if name != "random":
@@ -230,10 +226,9 @@ def load_weights(args, name, image_size):
 
 
 def load_or_extract(run, name, encoder, datasets, options):
-    """Features and labels of the data sets' centre crops; with --cached from the run's folder, if they are there.
+    """What `common.extract_features` returns for each data set; with --cached from the run's folder, if it is there.
 
-    Each process has a file of its own with its share; with another number of processes the features are extracted anew.
-    options: the other arguments of `common.extract_features`.
+    Each process has a file of its share; with another number of processes the features are extracted anew.
     """
     digest = hashlib.sha256(name.encode()).hexdigest()[:8]
     path = run.folder / f"features.{digest}.{common.rank()}of{common.world_size()}.pth"
@@ -307,8 +302,8 @@ def train_classifier(run, name, model, groups, batches, evaluate_model):
 def draw_neighbours(path, datasets, features, size, queries=8, neighbours=10):
     """Write a picture with a row for each query: a validation image and its nearest training images, nearest first.
 
-    The frame is blue where the neighbour has the query's class and red where it has another. datasets: training and
-    validation images; features: what `common.extract_features` returns for each.
+    A blue frame means the query's class, a red one another. datasets: training and validation images; features: what
+    `common.extract_features` returns for each.
     """
     (train, val), (train_set, (val_features, val_labels)) = datasets, features
     rows = (val_labels >= 0).nonzero()[:, 0]
