@@ -32,8 +32,8 @@ import common
 
 # --------------------------------------------------------------------------------------------------------------- Losses
 #
-# Rows 4i to 4i + 3 of a tensor over a batch of B images are image i, turned by 0, 90, 180 and 270 degrees: [::4] is
-# the upright ones.
+# Rows 4i to 4i + 3 of a tensor over a batch of B images are image i, turned by 0, 90, 180 and 270 degrees;
+# rows[::4] are the upright ones.
 
 
 def rotated(rows):
