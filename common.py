@@ -262,7 +262,7 @@ def common_parser(script, docstring, *, epochs, batch_size, lr, weight_decay):
     parser = Parser(description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", help=f"folder with train/ and val/, one folder a class in each (default data/imagenet), or one of "
-        f"{', '.join(SMALL_SETS)}, or shapes[:COUNT], images drawn by the program")  # fmt: skip
+        f"{', '.join(SMALL_SETS)}[:COUNT], images drawn by the program")  # fmt: skip
     add("--data-root", default="data", help="where torchvision keeps or puts the small sets (default %(default)s)")
     add("--image-size", type=positive_int, help="pixels (default 224 for a folder, 96 for stl10, else 32)")
     add("--epochs", type=positive_int, default=epochs, help="default %(default)s, the paper's")
@@ -288,28 +288,24 @@ def common_parser(script, docstring, *, epochs, batch_size, lr, weight_decay):
 
 # ----------------------------------------------------------------------------------------------------------------- Data
 
-SMALL_SETS = ("cifar10", "cifar100", "stl10", "fashion_mnist")
+# Sets that stay in memory, and the pixels of their images
+SMALL_SETS = {"cifar10": 32, "cifar100": 32, "stl10": 96, "fashion_mnist": 32, "shapes": 32}
 # Mean and standard deviation of red, green and blue, as released networks expect them.
 IMAGENET_MEAN_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR_MEAN_STD = (0.5071, 0.4866, 0.4409), (0.2675, 0.2565, 0.2761)
 # The key of both data sets: indices of n images, views to make of each, random numbers (views, n, CROP_PARAMS), and
-# (seed, epoch), which choose replacements of unreadable images. Evaluation passes None for the last two.
-BatchRequest = namedtuple("BatchRequest", "indices views random_params seeds", defaults=(None, None))
+# (seed, epoch), which choose replacements of unreadable images; None for evaluation.
+BatchRequest = namedtuple("BatchRequest", "indices views random_params seeds")
 
 
 class ArrayDataset:
-    """A small set as one uint8 tensor (N, 3, H, W) on the training device, which crops a whole batch at once.
-
-    mean_std: mean and standard deviation of the channels, for `normalize` (default: ImageNet's).
-    """
+    """A small set as one uint8 tensor (N, 3, H, W) on the training device, which crops a whole batch at once."""
 
     in_memory = True
 
-    def __init__(self, images, labels, num_classes, device, mean_std=None):
-        self.images = images.to(device)
+    def __init__(self, images, labels, num_classes, device, mean_std=IMAGENET_MEAN_STD):
+        self.images, self.num_classes, self.mean_std = images.to(device), num_classes, mean_std
         self.labels = torch.as_tensor(labels, dtype=torch.long, device=device)
-        self.num_classes = num_classes
-        self.mean_std = mean_std or IMAGENET_MEAN_STD
 
     def __len__(self):
         return len(self.images)
@@ -318,15 +314,10 @@ class ArrayDataset:
         """Views of a `BatchRequest`, a list of float tensors (n, 3, size, size) in [0, 1], labels (n,) and {}."""
         indices = torch.from_numpy(request.indices).to(self.images.device, non_blocking=True)
         images = self.images[indices].float().div_(255)
-        height, width = images.shape[2:]
         views = []
-        for i, view in enumerate(request.views):
-            if request.random_params is None:  # evaluation: the whole image, not flipped
-                random_params, scale = np.ones((len(images), CROP_PARAMS)), None
-            else:
-                random_params, scale = request.random_params[i], view.scale
-            boxes = crop_boxes(random_params, height, width, scale)
-            views.append(crop_and_resize(images, boxes, flip_coins(random_params), view.size))
+        for view, random_params in zip(request.views, request.random_params, strict=True):
+            boxes, flips = random_crops(random_params, *images.shape[2:], view.scale)
+            views.append(crop_and_resize(images, boxes, flips, view.size))
         return views, self.labels[indices], {}
 
 
@@ -336,7 +327,6 @@ class FolderDataset:
     in_memory = False
     mean_std = IMAGENET_MEAN_STD
     unreadable = {}  # noqa: RUF012  {path: reason}, of all instances
-    tries = 10  # how many unreadable images in a row end the run
 
     def __init__(self, root):
         self.paths, self.labels, self.classes = list_folder(Path(root))
@@ -355,44 +345,39 @@ class FolderDataset:
         Another image, chosen by seed, epoch and index, replaces an unreadable one; in evaluation, a black image with
         label -1. An error is returned and not raised, because a worker would raise it as a traceback.
         """
-        n = len(request.indices)
+        n, unreadable = len(request.indices), {}
         views = [torch.zeros(n, 3, view.size, view.size, dtype=torch.uint8) for view in request.views]
         labels = torch.full((n,), -1)
-        unreadable = {}
         for row, index in enumerate(request.indices):
-            index, image = self.read(index, request.seeds, unreadable)
-            if image is None and request.seeds:
+            image = self.read(index, unreadable)
+            for attempt in range(9 if request.seeds else 0):
+                if image is None:
+                    index = np.random.default_rng([*request.seeds, index, attempt]).integers(len(self))
+                    image = self.read(index, unreadable)
+            if image is not None:
+                labels[row] = self.labels[index]
+                for rows, view, random_params in zip(views, request.views, request.random_params, strict=True):
+                    rows[row] = crop_image(image, view, random_params[row : row + 1])
+            elif request.seeds:
                 path, reason = unreadable.popitem()
-                return UserError(f"{self.tries} unreadable images, one after the other, the last {path} ({reason}): "
-                                 "repair or remove them")  # fmt: skip
-            if image is None:
-                continue
-            labels[row] = self.labels[index]
-            for i, view in enumerate(request.views):
-                random_params = request.random_params[i, row : row + 1] if request.seeds else None
-                views[i][row] = crop_image(image, view, random_params)
+                return UserError(f"10 unreadable images in a row, the last {path} ({reason}): repair or remove them")
         return views, labels, unreadable
 
-    def read(self, index, seeds, unreadable):
-        """Index and pixels of an image, or of the first readable replacement; pixels are None if there is none."""
-        for attempt in range(self.tries if seeds else 1):
-            path = self.path(index)
-            try:
-                return index, read_image(path)
-            except Exception as error:  # decoders raise many types for broken files
-                unreadable[path] = (str(error).splitlines() or [type(error).__name__])[0]
-            if seeds:
-                index = np.random.default_rng([*seeds, index, attempt]).integers(len(self))
-        return index, None
+    def read(self, index, unreadable):
+        """Pixels of an image; if it cannot be decoded, None, and `unreadable` gets its path and the reason."""
+        path = self.path(index)
+        try:
+            return read_image(path)
+        except Exception as error:  # decoders raise many types for broken files
+            unreadable[path] = (str(error).splitlines() or [type(error).__name__])[0]
 
 
 @cache
 def list_folder(root):
     """Paths, labels and class names of the images in ROOT/CLASS/, in the order of torchvision's ImageFolder.
 
-    Paths: uint8 (N, longest path), each row the bytes of a path and zeros. labels: (N,). One process of each machine
-    lists the folder into a temporary file, which its other processes and all workers map: a machine holds the paths
-    once. Each folder is listed once in a run.
+    Paths: uint8 (N, longest path), each row the bytes of a path and zeros; labels: (N,). One process of each machine
+    lists a folder, once in a run, into a temporary file, which its other processes and all workers map.
     """
     local_rank, listing = int(os.environ.get("LOCAL_RANK", 0)), None
     try:
@@ -422,9 +407,8 @@ def read_image(path):
         with Image.open(path) as image:
             if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
                 levels = np.asarray(image)
-                grey = np.rint(levels / 257).astype(np.uint8)
-                grey[levels == image.info.get("transparency")] = 255
-                return torch.from_numpy(grey).expand(3, -1, -1)
+                grey = np.where(levels == image.info.get("transparency"), 255, np.rint(levels / 257))
+                return torch.from_numpy(grey.astype(np.uint8)).expand(3, -1, -1)
             if image.has_transparency_data:
                 white = Image.new("RGBA", image.size, "white")
                 image = Image.alpha_composite(white, image.convert("RGBA"))
@@ -432,52 +416,52 @@ def read_image(path):
 
 
 def crop_image(image, view, random_params):
-    """One view of a uint8 image (3, H, W): random crop and flip, or where random_params is None, the centre crop."""
-    if random_params is None:  # shorter side to 256 where the crop is 224, the protocol of every paper here
-        resized = TF.resize(image, [round(view.size * 256 / 224)], antialias=True)
-        return TF.center_crop(resized, [view.size, view.size])
-    (box,) = crop_boxes(random_params, *image.shape[1:], view.scale).tolist()
-    crop = TF.resized_crop(image, *box, [view.size, view.size], antialias=True)
-    return TF.horizontal_flip(crop) if flip_coins(random_params).item() else crop
+    """One view of a uint8 image (3, H, W); random_params: (1, CROP_PARAMS)."""
+    (box,), (flip,) = random_crops(random_params, *image.shape[1:], view.scale)
+    if view.scale is None:  # shorter side to 256 where the crop is 224, the protocol of every paper here
+        crop = TF.resize(image, [round(view.size * 256 / 224)], antialias=True)
+        crop = TF.center_crop(crop, [view.size, view.size])
+    else:
+        crop = TF.resized_crop(image, *box.tolist(), [view.size, view.size], antialias=True)
+    return TF.horizontal_flip(crop) if flip else crop
 
 
 def default_image_size(data):
     """Pixels of the images of --data where --image-size is not given: 224 for a folder."""
-    data = (data or "").partition(":")[0]
-    return 96 if data == "stl10" else 32 if data in (*SMALL_SETS, "shapes") else 224
+    return SMALL_SETS.get((data or "").partition(":")[0], 224)
 
 
-def load_dataset(data, data_root, split, device, image_size=None):
-    """Open one split of a data set and return (dataset, image size in pixels).
+def load_dataset(data, data_root, split, device, image_size=32):
+    """One split of a data set.
 
-    data: a folder, a name of `SMALL_SETS`, "shapes" or "shapes:COUNT"; None means data/imagenet.
+    data: a folder, a name of `SMALL_SETS`, or "shapes:COUNT"; None means data/imagenet.
     split: "pretrain" (all images that a method may use without labels), "train" or "val".
+    image_size: pixels of drawn images.
     """
-    data = data or "data/imagenet"
-    if data.partition(":")[0] == "shapes":
-        size = image_size or default_image_size(data)
-        images, labels = draw_shapes(shapes_count(data) if split != "val" else 2000, size, seed=int(split == "val"))
-        return ArrayDataset(images, labels, len(SHAPES) * len(TEXTURES), device), size
+    name, _, count = (data or "").partition(":")
+    if name == "shapes":
+        count = count or "8000"
+        if not count.isdecimal() or int(count) < 10:
+            raise UserError(f"--data {data}: pass a number of images, at least 10, as in shapes:2000")
+        count, seed = (2000, 1) if split == "val" else (int(count), 0)
+        return ArrayDataset(*draw_shapes(count, image_size, seed), 10, device)
     if data in SMALL_SETS:
-        images, labels, num_classes = load_small_set(data, data_root, split)
-        mean_std = CIFAR_MEAN_STD if data.startswith("cifar") else None
-        dataset = ArrayDataset(images, labels, num_classes, device, mean_std)
-        return dataset, image_size or default_image_size(data)
-    folder = Path(data) / ("train" if split == "pretrain" else split)
+        mean_std = CIFAR_MEAN_STD if data.startswith("cifar") else IMAGENET_MEAN_STD
+        return ArrayDataset(*load_small_set(data, data_root, split), device, mean_std)
+    folder = Path(data or "data/imagenet") / ("train" if split == "pretrain" else split)
     if not folder.is_dir():
-        raise UserError(f"no folder {folder}: pass --data FOLDER with train/ and val/ in it, or --data with one of "
-                        f"{', '.join(SMALL_SETS)}, shapes")  # fmt: skip
-    return FolderDataset(folder), image_size or default_image_size(data)
+        names = ", ".join(SMALL_SETS)
+        raise UserError(f"no folder {folder}: pass --data FOLDER with train/ and val/ in it, or one of {names}")
+    return FolderDataset(folder)
 
 
-def load_labelled(data, data_root, device, image_size=None):
-    """The training and validation images of a data set, and the image size: (dataset, dataset, pixels)."""
-    train, image_size = load_dataset(data, data_root, "train", device, image_size)
-    val, _ = load_dataset(data, data_root, "val", device, image_size)
-    differ = sorted(set(getattr(train, "classes", ())) ^ set(getattr(val, "classes", ())))
+def load_labelled(data, data_root, device, image_size=32):
+    """The training and the validation images of a data set; see `load_dataset`."""
+    train, val = (load_dataset(data, data_root, split, device, image_size) for split in ("train", "val"))
+    differ = set(getattr(train, "classes", ())) ^ set(getattr(val, "classes", ()))
     if differ:
-        raise UserError(f"train/ and val/ of {data or 'data/imagenet'} hold different classes, for one {differ[0]}")
-    return train, val, image_size
+        raise UserError(f"train/ and val/ of {data or 'data/imagenet'} hold different classes, for one {min(differ)}")
+    return train, val
 
 
 def subsample_per_class(dataset, fraction, seed):
@@ -495,9 +479,8 @@ def subsample_per_class(dataset, fraction, seed):
 def subset(dataset, indices):
     """A data set of the images with these indices, an array."""
     part = copy.copy(dataset)
-    for name in ("images", "paths", "labels"):
-        if hasattr(dataset, name):
-            setattr(part, name, getattr(dataset, name)[indices])
+    for name in {"images", "paths", "labels"} & vars(dataset).keys():
+        setattr(part, name, getattr(dataset, name)[indices])
     return part
 
 
@@ -506,38 +489,25 @@ def load_small_set(name, root, split):
 
     Rank 0 fetches it; where machines do not share `root`, one process of each other machine then does.
     """
-    train = split != "val"
-    sets = torchvision.datasets
-    opener, options, num_classes = {
-        "cifar10": (sets.CIFAR10, {"train": train}, 10),
-        "cifar100": (sets.CIFAR100, {"train": train}, 100),
-        "fashion_mnist": (sets.FashionMNIST, {"train": train}, 10),
-        "stl10": (sets.STL10, {"split": {"pretrain": "unlabeled", "train": "train", "val": "test"}[split]}, 10),
-    }[name]
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    turn = 0 if rank() == 0 else 1 if local_rank == 0 else 2
-    for now in range(3):
-        if turn == now:
+    names = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10", "fashion_mnist": "FashionMNIST"}
+    opener, options = getattr(torchvision.datasets, names[name]), {"train": split != "val"}
+    if name == "stl10":
+        options = {"split": {"pretrain": "unlabeled", "train": "train", "val": "test"}[split]}
+    found, fetch = None, int(os.environ.get("LOCAL_RANK", 0)) == 0
+    for own_turn in (rank() == 0, fetch, True):
+        if own_turn and found is None:
             try:
-                found = opener(root, download=local_rank == 0, **options)
+                found = opener(root, download=fetch, **options)
             except (OSError, RuntimeError) as error:
-                raise UserError(f"{name} is not in {root} and could not be fetched ({str(error).splitlines()[0]}): "
-                                "pass --data-root") from None  # fmt: skip
+                reason = str(error).splitlines()[0]
+                raise UserError(f"cannot open or fetch {name} in {root} ({reason}): pass --data-root") from None
         gather(torch.zeros(1))  # the others wait
     images = torch.as_tensor(found.data)
     if images.ndim == 3:  # grey: three channels that share their memory
         images = images[:, None].expand(-1, 3, -1, -1)
     elif images.shape[-1] == 3:
         images = images.permute(0, 3, 1, 2).contiguous()
-    return images, found.labels if name == "stl10" else found.targets, num_classes
-
-
-def shapes_count(data):
-    """Number of training images in "shapes" (8000) or "shapes:COUNT"."""
-    count = data.partition(":")[2] or "8000"
-    if not count.isdecimal() or int(count) < 10:
-        raise UserError(f"--data {data}: after the colon comes the number of images, at least 10, as in shapes:2000")
-    return int(count)
+    return images, found.labels if name == "stl10" else found.targets, 100 if name == "cifar100" else 10
 
 
 SHAPES = {  # signed distance of points (u, v), in units of the shape's radius, to its edge; negative inside
@@ -567,64 +537,56 @@ def draw_shapes(count, size, seed):
     palette = np.array([[0.85, 0.65, 0.35], [0.25, 0.35, 0.60], [0.50, 0.50, 0.45], [0.40, 0.45, 0.55]])
     grid = ((np.arange(size) + 0.5) / size - 0.5).astype(np.float32)
     for start in range(0, count, 1000):  # a thousand images at a time, to keep memory small
-        shape, texture = np.divmod(labels[start : start + 1000], len(TEXTURES))
+        shape, texture = np.divmod(labels[start : start + 1000, None, None, None], len(TEXTURES))
 
-        def vary(low, high, *dims, count=shape.size):
-            return rng.uniform(low, high, (count, *(dims or (1, 1)))).astype(np.float32)
+        def vary(low, high, channels=1, count=shape.size):
+            return rng.uniform(low, high, (count, channels, 1, 1)).astype(np.float32)
 
         x, y = grid - vary(-0.1, 0.1), grid[:, None] - vary(-0.1, 0.1)
         angle, radius, frequency = vary(0, 2 * np.pi), vary(0.36, 0.48), vary(6, 10)
         u = (np.cos(angle) * x + np.sin(angle) * y) / radius
         v = (np.cos(angle) * y - np.sin(angle) * x) / radius
         pattern_u, pattern_v = frequency * u + vary(-np.pi, np.pi), frequency * v + vary(-np.pi, np.pi)
-        distance, pattern = np.empty_like(u), np.empty_like(u)
-        for i, edge in enumerate(SHAPES.values()):
-            distance[shape == i] = edge(u[shape == i], v[shape == i])
-        for i, wave in enumerate(TEXTURES.values()):
-            pattern[texture == i] = wave(pattern_u[texture == i], pattern_v[texture == i])
-        inside = np.clip(0.5 - distance * radius * size, 0, 1)[:, None]  # edges one pixel soft
-        ink = np.clip(0.5 + 2 * pattern, 0, 1)[:, None]
-        shade = np.clip(0.5 + vary(-0.3, 0.3) * grid + vary(-0.3, 0.3) * grid[:, None], 0, 1)[:, None]
-        light, dark, ground1, ground2 = (color[:, None, None] + vary(-0.05, 0.05, 3, 1, 1) for color in palette)
+        distance = np.choose(shape, [edge(u, v) for edge in SHAPES.values()])
+        pattern = np.choose(texture, [wave(pattern_u, pattern_v) for wave in TEXTURES.values()])
+        inside = np.clip(0.5 - distance * radius * size, 0, 1)  # edges one pixel soft
+        ink = np.clip(0.5 + 2 * pattern, 0, 1)
+        shade = np.clip(0.5 + vary(-0.3, 0.3) * grid + vary(-0.3, 0.3) * grid[:, None], 0, 1)
+        light, dark, ground1, ground2 = (color[:, None, None] + vary(-0.05, 0.05, 3) for color in palette)
         image = inside * (ink * light + (1 - ink) * dark) + (1 - inside) * (shade * ground1 + (1 - shade) * ground2)
-        image += vary(0.02, 0.06, 1, 1, 1) * rng.standard_normal(image.shape, dtype=np.float32)
+        image += vary(0.02, 0.06) * rng.standard_normal(image.shape, dtype=np.float32)
         images[start : start + 1000] = (image.clip(0, 1) * 255).round()
     return torch.from_numpy(images), torch.from_numpy(labels)
 
 
 # --------------------------------------------------------------------------------------------------------- Augmentation
 #
-# The operations are torchvision's over a batch, with a parameter for each image. The CPU decides which images an
-# operation changes, so nothing here waits for the device.
+# torchvision's operations over a batch, with a parameter for each image. The CPU decides which images an operation
+# changes, so that nothing waits for the device.
 
 CROP_PARAMS = 23  # random numbers for a crop and a flip: ten tries of area and aspect ratio, position, flip
 
 
-def crop_boxes(random_params, height, width, scale):
-    """RandomResizedCrop's boxes in an image of height x width: (n, 4) integers top, left, height, width.
+def random_crops(random_params, height, width, scale):
+    """RandomResizedCrop's boxes and random flips, in images of height x width.
 
     random_params: (n, CROP_PARAMS) in [0, 1). scale: range of a box's area, as a part of the image's; None gives whole
     images. Of ten tries of area and aspect ratio (3/4 to 4/3), the first that fits; if none fits, the largest centre
-    crop of such a ratio.
+    crop of such a ratio. Returns boxes, (n, 4) integers top, left, height, width, and flips, (n,) bool.
     """
+    flips = random_params[:, 22] < 0.5
     if scale is None:
-        return np.tile([0, 0, height, width], (len(random_params), 1))
+        return np.tile([0, 0, height, width], (len(flips), 1)), flips
     area = height * width * (scale[0] + (scale[1] - scale[0]) * random_params[:, :10])
     aspect = np.exp(np.log(4 / 3) * (2 * random_params[:, 10:20] - 1))
-    heights, widths = np.rint(np.sqrt(area / aspect)), np.rint(np.sqrt(area * aspect))
-    fits = (0 < heights) & (heights <= height) & (0 < widths) & (widths <= width)
-    rows, first, any_fits = np.arange(len(random_params)), fits.argmax(1), fits.any(1)
-    center_height, center_width = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
-    heights = np.where(any_fits, heights[rows, first], center_height)
-    widths = np.where(any_fits, widths[rows, first], center_width)
-    tops = np.where(any_fits, np.floor(random_params[:, 20] * (height - heights + 1)), (height - center_height) // 2)
-    lefts = np.where(any_fits, np.floor(random_params[:, 21] * (width - widths + 1)), (width - center_width) // 2)
-    return np.stack([tops, lefts, heights, widths], axis=1).astype(np.int64)
-
-
-def flip_coins(random_params):
-    """Which images to flip, each with probability 1/2: (n, CROP_PARAMS) -> (n,) bool."""
-    return random_params[:, 22] < 0.5
+    full = np.array([[height], [width]])
+    sides = np.rint(np.sqrt([area / aspect, area * aspect]))  # (2, n, 10)
+    fits = ((0 < sides) & (sides <= full[..., None])).all(axis=0)
+    center = np.minimum(full, np.rint(full[::-1] * 4 / 3))
+    sides = np.where(fits.any(axis=1), sides[:, np.arange(len(flips)), fits.argmax(axis=1)], center)
+    starts = np.floor(random_params[:, 20:22].T * (full - sides + 1))
+    starts = np.where(fits.any(axis=1), starts, (full - sides) // 2)
+    return np.concatenate([starts, sides]).T.astype(np.int64), flips
 
 
 def crop_and_resize(images, boxes, flips, size):
@@ -678,33 +640,13 @@ def augment_color(images, rng):
     drawn = draw_color(rng, len(images) * world_size(), images.shape[-1])
     jitter, order, factors, grey, blur, sigma = map(local_share, drawn.values())
     factors, sigma = (torch.from_numpy(x).to(images.device, images.dtype, non_blocking=True) for x in (factors, sigma))
-
-    def apply(operation, mask, values):
+    steps = [(jitter & (order[:, i] == j), JITTER[j], factors[:, j]) for i in range(4) for j in range(4)]
+    steps += [(grey, lambda x, _: TF.rgb_to_grayscale(x), sigma), (blur, gaussian_blur, sigma)]
+    for mask, operation, values in steps:
         if mask.any():
             rows = torch.from_numpy(np.flatnonzero(mask)).to(images.device, non_blocking=True)
             images[rows] = operation(images[rows], values[rows].view(-1, 1, 1, 1))
-
-    for position in range(4):
-        for i, operation in enumerate((adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)):
-            apply(operation, jitter & (order[:, position] == i), factors[:, i])
-    apply(lambda x, _: TF.rgb_to_grayscale(x, num_output_channels=3), grey, sigma)
-    apply(gaussian_blur, blur, sigma)
     return images
-
-
-def adjust_brightness(images, factor):
-    """Blend images (n, 3, H, W) with black by factors (n, 1, 1, 1)."""
-    return (images * factor).clamp_(0, 1)
-
-
-def adjust_contrast(images, factor):
-    """Blend with the image's mean grey."""
-    return TF.rgb_to_grayscale(images).mean(dim=(2, 3), keepdim=True).lerp(images, factor).clamp_(0, 1)
-
-
-def adjust_saturation(images, factor):
-    """Blend with the grey image."""
-    return TF.rgb_to_grayscale(images).lerp(images, factor).clamp_(0, 1)
 
 
 def adjust_hue(images, shift):
@@ -718,23 +660,30 @@ def adjust_hue(images, shift):
     return value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)
 
 
+JITTER = (  # operations on images x (n, 3, H, W), each with factors (n, 1, 1, 1)
+    lambda x, brightness: (x * brightness).clamp_(0, 1),
+    lambda x, contrast: TF.rgb_to_grayscale(x).mean((2, 3), keepdim=True).lerp(x, contrast).clamp_(0, 1),
+    lambda x, saturation: TF.rgb_to_grayscale(x).lerp(x, saturation).clamp_(0, 1),
+    adjust_hue,
+)
+
+
 def gaussian_blur(images, sigma):
     """Blur each image by its own sigma (n, 1, 1, 1) in pixels; the kernel reaches to three times the largest sigma."""
-    n, channels, height, width = images.shape
-    radius = max(1, math.ceil(3 * 2.0 * max(height, width) / 224))
+    radius = max(1, math.ceil(3 * 2.0 * max(images.shape[2:]) / 224))
     offsets = torch.arange(-radius, radius + 1, device=images.device, dtype=images.dtype)
-    kernel = torch.softmax(-0.5 * (offsets / sigma.view(n, 1)) ** 2, dim=1).repeat_interleave(channels, 0)
-    images = F.pad(images.reshape(1, n * channels, height, width), [radius] * 4, mode="reflect")
-    images = F.conv2d(images, kernel[:, None, :, None], groups=n * channels)
-    images = F.conv2d(images, kernel[:, None, None, :], groups=n * channels)
-    return images.view(n, channels, height, width)
+    kernel = torch.softmax(-0.5 * (offsets / sigma.flatten(1)) ** 2, dim=1).repeat_interleave(images.shape[1], 0)
+    blurred = F.pad(images, [radius] * 4, mode="reflect").flatten(0, 1)[None]
+    blurred = F.conv2d(blurred, kernel[:, None, :, None], groups=len(kernel))
+    blurred = F.conv2d(blurred, kernel[:, None, None, :], groups=len(kernel))
+    return blurred.view_as(images)
 
 
 @dataclass(frozen=True)
 class View:
     """How to make a view of an image: crop, resize to `size` pixels, flip with probability 1/2, then `augment`.
 
-    scale: range of the crop's area, as a part of the image's; None takes the whole image.
+    scale: range of the crop's area, as a part of the image's; None: the whole image (centre crop of an image file).
     augment: None, or a function (images, rng) that returns images: a batch of floats (n, 3, size, size) in [0, 1] on
     the device, n a process. All processes have the same rng, a numpy.random.Generator: the function draws for the
     global batch, n * world_size() images, and takes its `local_share`. It may return several rows an image.
@@ -759,8 +708,8 @@ class Loader:
     """Batches of random views: the same images for any number of processes and workers.
 
     All random numbers of a batch follow from (seed, epoch, step). They are drawn here for the global batch, and each
-    process takes its share: they do not depend on who makes an image, and a resumed run needs no random state. An epoch
-    is len(self) steps; the images that do not fill a last batch are left out, others in each epoch.
+    process takes its share, so that a resumed run needs no random state. An epoch is len(self) steps; the images that
+    do not fill a last batch are left out, others in each epoch.
     """
 
     def __init__(self, dataset, views, batch_size, seed, workers, device):
@@ -769,7 +718,6 @@ class Loader:
         if batch_size % world_size():
             raise UserError(f"--batch-size {batch_size} cannot be shared out over {world_size()} processes")
         self.dataset, self.views, self.batch_size, self.seed, self.device = dataset, views, batch_size, seed, device
-        self.step, self.stop = 0, 0
         self.loader = make_dataloader(dataset, self, workers, device)
 
     def __len__(self):
@@ -787,10 +735,9 @@ class Loader:
             yield BatchRequest(indices, self.views, local_share(random_params).swapaxes(0, 1), (self.seed, epoch))
 
     def batches(self, step, stop):
-        """Batches from the run's step `step` to the end of its epoch, or to step `stop` if that comes first.
+        """Yield (views, labels) from the run's step `step` to the end of its epoch, or to step `stop` if that is first.
 
-        Yields (views, labels): a list of normalised float tensors (n, 3, size, size) on the device and labels (n,), n
-        images a process.
+        views: normalised float tensors (n, 3, size, size) on the device; labels: (n,); n images a process.
         """
         epoch = step // len(self)
         self.step, self.stop = step, min(stop, (epoch + 1) * len(self))
@@ -805,15 +752,9 @@ class Loader:
 def make_dataloader(dataset, requests, workers, device):
     """DataLoader over `BatchRequest`s: workers make whole batches of files, this process those of a set in memory."""
     workers = 0 if dataset.in_memory else workers
-    return DataLoader(
-        dataset,
-        sampler=requests,
-        batch_size=None,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        worker_init_fn=worker_init,
-        pin_memory=device.type == "cuda" and not dataset.in_memory,
-    )
+    options = {"num_workers": workers, "persistent_workers": workers > 0, "worker_init_fn": worker_init}
+    pin_memory = device.type == "cuda" and not dataset.in_memory
+    return DataLoader(dataset, None, sampler=requests, pin_memory=pin_memory, **options)
 
 
 def worker_init(worker):
@@ -1507,6 +1448,12 @@ def load_strict(module, state, what, assign=False):
 # ----------------------------------------------------------------------------------------------------------- Evaluation
 
 
+def center_crops(indices, image_size):
+    """The `BatchRequest` of evaluation: no random crop, no flip."""
+    random_params = np.broadcast_to(1.0, (1, len(indices), CROP_PARAMS))
+    return BatchRequest(indices, [View(image_size, scale=None)], random_params, None)
+
+
 @torch.no_grad()
 def extract_features(encoder, dataset, image_size, batch_size, workers, device):
     """Features of the centre crops of this process's share of the images, and the labels of all images.
@@ -1520,9 +1467,8 @@ def extract_features(encoder, dataset, image_size, batch_size, workers, device):
             dist.broadcast(buffer, 0)
     share = -(-len(dataset) // world_size())
     numbers = np.arange(len(dataset))[rank() * share :][:share]
-    views = [View(image_size)]
     starts = range(0, len(numbers), batch_size)
-    requests = [BatchRequest(numbers[i : i + batch_size], views) for i in starts]
+    requests = [center_crops(numbers[start : start + batch_size], image_size) for start in starts]
     features = torch.zeros(share, encoder.backbone.feature_dim, device=device)
     labels = torch.full((share,), -1, device=device)
     training = encoder.training
@@ -1561,7 +1507,7 @@ def nearest_neighbours(train, queries, k):
         for start in range(0, len(features), KNN_BLOCK[1]):
             part = slice(start, start + KNN_BLOCK[1])
             similarity = (everyones @ features[part].T).div_(norms[part]) - offsets[part]
-            block = nearest(similarity, numbers[part].expand(len(everyones), -1))
+            block = similarity, numbers[part].expand(len(everyones), -1)
             found = nearest(*(torch.cat(pair, dim=1) for pair in zip(found, block, strict=True)))
         # The queries of this process, and what every share has for them: (m, world_size * k)
         shape = world_size(), world_size(), len(own), -1
@@ -1576,34 +1522,28 @@ def knn_accuracy(train, val, ks, num_classes, temperature=0.07):
     train, val: features and labels from `extract_features`. A plain vote counts 1, a weighted one
     exp(similarity / temperature) (Wu et al., 2018). Ties go to the class of the lower number.
     """
-    correct = {"knn": dict.fromkeys(ks, 0), "knn_weighted": dict.fromkeys(ks, 0)}
-    first = rank() * len(val[0])
+    targets = local_share(val[1])
+    right = torch.zeros(2, len(ks), dtype=torch.long, device=targets.device)
     for similarity, numbers in nearest_neighbours(train, val[0], max(ks)):
-        labels = train[1][numbers].clamp(min=0)
-        targets = val[1][first : first + len(labels)]
-        first += len(labels)
-        weights = {"knn": similarity.isfinite().float(), "knn_weighted": (similarity / temperature).exp()}
-        for kind, weight in weights.items():
-            for k in ks:
+        labels, own = train[1][numbers].clamp(min=0), targets[: len(numbers)]
+        targets = targets[len(numbers) :]
+        for i, weight in enumerate((similarity.isfinite().float(), (similarity / temperature).exp())):
+            for j, k in enumerate(ks):
                 votes = weight.new_zeros(len(labels), num_classes).scatter_add_(1, labels[:, :k], weight[:, :k])
-                correct[kind][k] += (votes.argmax(dim=1) == targets).sum()
-    count = (val[1] >= 0).sum().item()
-    return {
-        kind: {k: 100 * all_reduce(right).item() / count for k, right in by_k.items()} for kind, by_k in correct.items()
-    }
+                right[i, j] += (votes.argmax(dim=1) == own).sum()
+    percent = 100 * all_reduce(right).double() / (val[1] >= 0).sum()
+    plain, weighted = (dict(zip(ks, row, strict=True)) for row in percent.tolist())
+    return {"knn": plain, "knn_weighted": weighted}
 
 
 def knn_probe(encoder, args, image_size, device):
-    """A function that returns {"knn": 20-NN accuracy in percent} of an Encoder, which shows a collapse early.
-
-    None without --knn-every.
-    """
+    """A function that returns {"knn": 20-NN accuracy in percent} of an Encoder; None without --knn-every."""
     if not args.knn_every:
         return None
-    *sets, _ = load_labelled(args.data, args.data_root, device, image_size)
+    sets = load_labelled(args.data, args.data_root, device, image_size)
+    options = image_size, args.batch_size, args.workers, device
 
     def evaluate():
-        options = image_size, args.batch_size, args.workers, device
         train, val = (extract_features(encoder, dataset, *options) for dataset in sets)
         return {"knn": knn_accuracy(train, val, [20], sets[0].num_classes)["knn"][20]}
 

@@ -123,7 +123,7 @@ def main():
     device = common.init_device(args.seed)
     size = args.image_size or common.default_image_size(args.data)
     teacher = common.load_teacher(args.teacher, args.teacher_arch, size, args.trust_teacher)
-    dataset, _ = common.load_dataset(args.data, args.data_root, "pretrain", device, size)
+    dataset = common.load_dataset(args.data, args.data_root, "pretrain", device, size)
     common.check_input_size(teacher.backbone, args.teacher, size)
     view = common.View(size)
     loader = common.Loader(dataset, [view, view], args.batch_size, args.seed, args.workers, device)

@@ -125,32 +125,6 @@ def gather_rows(features, numbers):
     return common.all_reduce(features[rows.clamp(0, len(features) - 1)].where(own[:, None], 0))
 
 
-# ----------------------------------------------------------------------------------------------------------------- Data
-
-
-def subset_from_list(dataset, path):
-    """The part of a folder that a text file names, a line an image: its file name, as in SimCLR's lists, or CLASS/NAME.
-
-    Raises UserError for a set in memory, for a file that cannot be read and for a name that the folder does not have.
-    """
-    if dataset.in_memory:
-        raise common.UserError(f"--label-list {path} names files, but --data has none: pass a folder, or "
-                               "--label-fraction")  # fmt: skip
-    try:
-        names = Path(path).read_text().split()
-    except (OSError, ValueError) as error:
-        raise common.UserError(f"cannot read --label-list {path} ({error})") from None
-    places = {}
-    for number in range(len(dataset)):
-        file = Path(dataset.path(number))
-        places[file.name] = places[f"{file.parent.name}/{file.name}"] = number
-    absent = [name for name in names if name not in places]
-    if absent or not names:
-        raise common.UserError(f"--label-list {path} names {absent[0] if absent else 'no image'}, which the training "
-                               "images do not have")  # fmt: skip
-    return common.subset(dataset, np.unique([places[name] for name in names]))
-
-
 # ----------------------------------------------------------------------------------------------------------- Evaluation
 
 
@@ -162,8 +136,8 @@ def main():
             raise common.UserError(f"--weights names {name} twice")
     files = {name: load_weights(args, name, args.image_size) for name in args.weights if name != "random"}
     sizes = [encoder.backbone.image_size for encoder in files.values()]
-    size = args.image_size or max(sizes, default=None)
-    train, val, size = common.load_labelled(args.data, args.data_root, device, size)
+    size = args.image_size or max(sizes, default=common.default_image_size(args.data))
+    train, val = common.load_labelled(args.data, args.data_root, device, size)
     if args.label_list:
         train = subset_from_list(train, args.label_list)
     train = common.subsample_per_class(train, args.label_fraction, args.seed)
@@ -171,7 +145,7 @@ def main():
         raise common.UserError(f"--knn {max(args.knn)} is larger than the {len(train)} training images")
     crop = common.View(size, scale=(0.08, 1.0), augment=None)
     loader = common.Loader(train, [crop], args.batch_size, args.seed, args.workers, device)
-    encoders = {name: files.get(name) or untrained(args.arch, size, args.seed) for name in args.weights}
+    encoders = {name: files.get(name) or load_weights(args, name, size) for name in args.weights}
     for name, encoder in encoders.items():
         if name in files and encoder.backbone.image_size != size:  # a transformer's positions are made for one size
             encoder = encoders[name] = load_weights(args, name, size)
@@ -219,25 +193,42 @@ def main():
         print_table(results)
 
 
+def subset_from_list(dataset, path):
+    """The part of a folder that a text file names, a line an image: its file name, as in SimCLR's lists, or CLASS/NAME.
+
+    Raises UserError for a set in memory, for a file that cannot be read and for a name that the folder does not have.
+    """
+    if dataset.in_memory:
+        raise common.UserError(f"--label-list {path} needs a folder as --data; without one, pass --label-fraction")
+    try:
+        names = Path(path).read_text().split()
+    except (OSError, ValueError) as error:
+        raise common.UserError(f"cannot read --label-list {path} ({error})") from None
+    places = {}
+    for number in range(len(dataset)):
+        file = Path(dataset.path(number))
+        places[file.name] = places[f"{file.parent.name}/{file.name}"] = number
+    absent = [name for name in names or ["no image"] if name not in places]
+    if absent:
+        raise common.UserError(f"--label-list {path} names {absent[0]}, which is not among the training images")
+    return common.subset(dataset, np.unique([places[name] for name in names]))
+
+
 def load_weights(args, name, image_size):
-    """The Encoder of a file, or of `torchvision`'s labelled weights of --arch, frozen."""
-    arch = args.arch if name == "torchvision" else None
-    return common.load_teacher(name, arch, image_size, args.trust_teacher)
-
-
-def untrained(arch, image_size, seed):
-    """The Encoder of `random` weights, frozen."""
-    if not arch:
+    """The Encoder of a file, or of `torchvision` or `random` weights of --arch, frozen."""
+    if name != "random":
+        arch = args.arch if name == "torchvision" else None
+        return common.load_teacher(name, arch, image_size, args.trust_teacher)
+    if not args.arch:
         raise common.UserError("--weights random needs a network: pass --arch NAME")
-    torch.manual_seed(seed)
-    return common.Encoder(common.build_backbone(arch, image_size), nn.Identity()).requires_grad_(False).eval()
+    torch.manual_seed(args.seed)
+    return common.Encoder(common.build_backbone(args.arch, image_size), nn.Identity()).requires_grad_(False).eval()
 
 
 def load_or_extract(run, name, encoder, datasets, options):
-    """Features and labels of the data sets' centre crops; with --cached from the run's folder, if they are there.
+    """What `common.extract_features` returns for each data set; with --cached from the run's folder, if it is there.
 
-    Each process has a file of its own with its share; with another number of processes the features are extracted anew.
-    options: the other arguments of `common.extract_features`.
+    Each process has a file of its share; with another number of processes the features are extracted anew.
     """
     digest = hashlib.sha256(name.encode()).hexdigest()[:8]
     path = run.folder / f"features.{digest}.{common.rank()}of{common.world_size()}.pth"
@@ -311,8 +302,8 @@ def train_classifier(run, name, model, groups, batches, evaluate_model):
 def draw_neighbours(path, datasets, features, size, queries=8, neighbours=10):
     """Write a picture with a row for each query: a validation image and its nearest training images, nearest first.
 
-    The frame is blue where the neighbour has the query's class and red where it has another. datasets: training and
-    validation images; features: what `common.extract_features` returns for each.
+    A blue frame means the query's class, a red one another. datasets: training and validation images; features: what
+    `common.extract_features` returns for each.
     """
     (train, val), (train_set, (val_features, val_labels)) = datasets, features
     rows = (val_labels >= 0).nonzero()[:, 0]
@@ -323,7 +314,7 @@ def draw_neighbours(path, datasets, features, size, queries=8, neighbours=10):
         return
 
     def pixels(dataset, numbers):
-        request = common.BatchRequest(numbers.flatten().cpu().numpy(), [common.View(size)])
+        request = common.center_crops(numbers.flatten().cpu().numpy(), size)
         images = common.TF.to_dtype(dataset[request][0][0].cpu(), torch.float32, scale=True)
         return F.interpolate(images, max(64, size), mode="nearest").unflatten(0, numbers.shape)
 

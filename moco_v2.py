@@ -89,7 +89,8 @@ def main():
     if args.queue_size < args.batch_size:
         raise common.UserError(f"--queue-size {args.queue_size} is smaller than --batch-size {args.batch_size}")
     device = common.init_device(args.seed)
-    dataset, size = common.load_dataset(args.data, args.data_root, "pretrain", device, args.image_size)
+    size = args.image_size or common.default_image_size(args.data)
+    dataset = common.load_dataset(args.data, args.data_root, "pretrain", device, size)
     view = common.View(size)
     loader = common.Loader(dataset, [view, view], args.batch_size, args.seed, args.workers, device)
 

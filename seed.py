@@ -135,7 +135,7 @@ def main():
     device = common.init_device(args.seed)
     size = args.image_size or common.default_image_size(args.data)
     teacher = common.load_teacher(args.teacher, args.teacher_arch, size, args.trust_teacher)
-    dataset, _ = common.load_dataset(args.data, args.data_root, "pretrain", device, size)
+    dataset = common.load_dataset(args.data, args.data_root, "pretrain", device, size)
     common.check_input_size(teacher.backbone, args.teacher, size)
     views = [common.View(size, scale=(0.14 if args.small_crops else 0.2, 1.0))]
     small_size = args.small_size or round(size * 96 / 224)

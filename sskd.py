@@ -32,12 +32,8 @@ import common
 
 # --------------------------------------------------------------------------------------------------------------- Losses
 #
-# Rows 4i to 4i + 3 of a tensor over a batch of B images are image i, rotated by 0, 90, 180 and 270 degrees.
-
-
-def upright(rows):
-    """The images as they are: (4B, ...) -> (B, ...)."""
-    return rows[0::4]
+# Rows 4i to 4i + 3 of a tensor over a batch of B images are image i, rotated by 0, 90, 180 and 270 degrees;
+# rows[::4] are the upright ones.
 
 
 def rotated(rows):
@@ -48,7 +44,7 @@ def rotated(rows):
 def similarities(embedding):
     """Cosine similarities of each rotated image to all upright ones: (4B, D) -> (3B, B)."""
     embedding = F.normalize(embedding, dim=1)
-    return rotated(embedding) @ upright(embedding).T
+    return rotated(embedding) @ embedding[::4].T
 
 
 def positive_targets(similarity):
@@ -93,8 +89,8 @@ def sskd_losses(student_logits, student_ss, teacher_logits, teacher_ss, labels, 
     tf_kept = selective_transfer_mask(rotated(teacher_logits), labels.repeat_interleave(3), tf_ratio)
     ss_kept = selective_transfer_mask(teacher_similarity, positive_targets(teacher_similarity), ss_ratio)
     return {
-        "ce": F.cross_entropy(upright(student_logits), labels),
-        "kd": kd_loss(upright(student_logits), upright(teacher_logits), kd_temperature),
+        "ce": F.cross_entropy(student_logits[::4], labels),
+        "kd": kd_loss(student_logits[::4], teacher_logits[::4], kd_temperature),
         "tf": kd_loss(rotated(student_logits), rotated(teacher_logits), tf_temperature, tf_kept),
         "ss": kd_loss(student_similarity, teacher_similarity, ss_temperature, ss_kept),
     }
@@ -116,10 +112,7 @@ def rotate_and_crop(images, rng, rotations, padding):
 
 
 def rotate(images, count):
-    """Rotate counter-clockwise by `count` multiples of 90 degrees, (n, 3, S, S) -> (count * n, 3, S, S).
-
-    Rows count * i to count * (i + 1) - 1 are image i.
-    """
+    """Rotate counter-clockwise by `count` multiples of 90 degrees, (n, 3, S, S) -> (count * n, 3, S, S), by image."""
     return torch.stack([images.rot90(k, dims=(2, 3)) for k in range(count)], dim=1).flatten(0, 1)
 
 
@@ -164,15 +157,13 @@ class SSKD(nn.Module):
         self.student = student
         self.teacher = teacher.requires_grad_(False) if self.weights.keys() - {"ce"} else None
         if self.rotations > 1:
-            for name, network in (("student_head", student), ("teacher_head", teacher)):
-                dim = network.backbone.feature_dim
-                self.add_module(name, common.mlp_head(dim, dim, dim))
-        # DistributedDataParallel expects a gradient for each parameter that requires one
-        if "ss" not in self.weights and self.rotations > 1:
-            self.student_head.requires_grad_(False)
-            self.teacher_head.requires_grad_(False)
-        if self.weights.keys() == {"ss"}:
-            student.classifier.requires_grad_(False)
+            student_dim, teacher_dim = student.backbone.feature_dim, teacher.backbone.feature_dim
+            self.student_head = common.mlp_head(student_dim, student_dim, student_dim)
+            self.teacher_head = common.mlp_head(teacher_dim, teacher_dim, teacher_dim)
+            # DistributedDataParallel expects a gradient for each parameter that requires one
+            self.student_head.requires_grad_("ss" in self.weights)
+            self.teacher_head.requires_grad_("ss" in self.weights)
+            student.classifier.requires_grad_(self.weights.keys() != {"ss"})
         self.train()
 
     def train(self, mode=True):
@@ -222,7 +213,8 @@ def noisy_labels(labels, num_classes, noise, seed):
 def main():
     args = parse_args()
     device = common.init_device(args.seed)
-    train, val, size = common.load_labelled(args.data, args.data_root, device, args.image_size)
+    size = args.image_size or common.default_image_size(args.data)
+    train, val = common.load_labelled(args.data, args.data_root, device, size)
     train = common.subsample_per_class(train, args.label_fraction, args.seed)
     if args.label_noise:
         train.labels = noisy_labels(train.labels, train.num_classes, args.label_noise, args.seed)
@@ -345,7 +337,7 @@ def parse_args():
     args = parser.parse_args()
     if bool(args.train_teacher) == bool(args.teacher and args.student) or (args.train_teacher and args.teacher):
         raise common.UserError("pass either --train-teacher NAME, or --teacher FILE and --student NAME")
-    folder = (args.data or "").partition(":")[0] not in (*common.SMALL_SETS, "shapes")
+    folder = (args.data or "").partition(":")[0] not in common.SMALL_SETS
     network = args.train_teacher or args.student
     parser.set_defaults(**(IMAGENET if folder else CIFAR))
     if network in SLOW and not folder:

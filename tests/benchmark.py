@@ -257,7 +257,7 @@ class PilRotations(torch.utils.data.Dataset):
 def sskd_step(teacher, student, steps=20, batch_size=64):
     """Print images a second of SSKD's steps, and of its input alone, against the PIL input around the same networks."""
     torch.set_num_threads(2)
-    drawn, _ = common.load_dataset(f"shapes:{steps * batch_size}", None, "train", CPU)
+    drawn = common.load_dataset(f"shapes:{steps * batch_size}", None, "train", CPU)
     networks = (common.build_classifier(name, 10, 32) for name in (student, teacher))
     weights = {"ce": 0.1, "kd": 0.9, "tf": 2.7, "ss": 10.0}
     model = SSKD(*networks, weights, kd_temperature=4.0).to(memory_format=torch.channels_last)
@@ -290,7 +290,7 @@ def sskd_step(teacher, student, steps=20, batch_size=64):
 def probe_rates(arch="resnet18", size=96, batch_size=64, steps=4, classes=1000):
     """Print the time of a linear probe of eight learning rates over that of one."""
     torch.set_num_threads(1)
-    drawn, _ = common.load_dataset(f"shapes:{steps * batch_size}", None, "train", CPU, size)
+    drawn = common.load_dataset(f"shapes:{steps * batch_size}", None, "train", CPU, size)
     encoder = common.Encoder(common.build_backbone(arch, size), torch.nn.Identity()).eval()
     view = common.View(size, scale=(0.08, 1.0), augment=None)
     loader = common.Loader(drawn, [view], batch_size, 0, 0, CPU)
@@ -457,7 +457,7 @@ def main():
         files = jpeg_folder(Path(folder))
         paths = [files.path(i) for i in range(len(files))]
         input_path("JPEG files, 224 pixels", files, 224, lambda: (Image.open(path).convert("RGB") for path in paths))
-    drawn, _ = common.load_dataset("shapes:512", None, "train", CPU)
+    drawn = common.load_dataset("shapes:512", None, "train", CPU)
     arrays = [image.permute(1, 2, 0).numpy() for image in drawn.images]
     input_path("in memory, 32 pixels", drawn, 32, lambda: map(Image.fromarray, arrays))
     listing()

@@ -39,7 +39,7 @@ def test_crop_boxes_have_torchvisions_distribution(height, width):
     image, count = torch.empty(3, height, width), 6000
     theirs = np.array([RandomResizedCrop.get_params(image, (0.2, 1.0), (3 / 4, 4 / 3)) for _ in range(count)])
     random_params = np.random.default_rng(0).random((count, common.CROP_PARAMS))
-    ours = common.crop_boxes(random_params, height, width, (0.2, 1.0))
+    ours, _ = common.random_crops(random_params, height, width, (0.2, 1.0))
     assert (ours[:, :2] >= 0).all() and (ours[:, 2:] >= 1).all()
     assert (ours[:, :2] + ours[:, 2:] <= [height, width]).all()
     for i in range(4):
@@ -55,7 +55,7 @@ def test_crop_boxes_have_torchvisions_distribution(height, width):
 def test_crop_and_resize_is_torchvisions_for_every_box(size):
     images = random_images(40, 30, 42)
     random_params = np.random.default_rng(1).random((40, common.CROP_PARAMS))
-    boxes, flips = common.crop_boxes(random_params, 30, 42, (0.05, 1.0)), common.flip_coins(random_params)
+    boxes, flips = common.random_crops(random_params, 30, 42, (0.05, 1.0))
     assert 5 < flips.sum() < 35
     ours = common.crop_and_resize(images, boxes, flips, size)
     for image, box, flip, result in zip(images, boxes.tolist(), flips, ours, strict=True):
@@ -69,7 +69,8 @@ def test_crop_and_resize_is_torchvisions_for_every_box(size):
 def test_color_operations_are_torchvisions(name, low, high):
     images = random_images(20, 16, 12)
     factors = torch.linspace(low, high, 20)
-    ours = getattr(common, f"adjust_{name}")(images, factors.view(-1, 1, 1, 1))
+    operation = common.JITTER[["brightness", "contrast", "saturation", "hue"].index(name)]
+    ours = operation(images, factors.view(-1, 1, 1, 1))
     for image, factor, result in zip(images, factors.tolist(), ours, strict=True):
         torch.testing.assert_close(result, getattr(TF, f"adjust_{name}")(image, factor), rtol=0, atol=1e-4)
 
@@ -152,7 +153,7 @@ def loaded_folder(root):
 
 
 def loaded_shapes():
-    return loaded(common.load_dataset("shapes:48", None, "train", CPU)[0], 12)
+    return loaded(common.load_dataset("shapes:48", None, "train", CPU), 12)
 
 
 def results_of_a_process(image_folder, broken_folder, folder):
@@ -188,14 +189,14 @@ def test_images_are_the_same_for_any_number_of_processes_and_workers(name, on_tw
 
 
 def test_a_resumed_epoch_goes_on_with_the_same_images():
-    dataset = common.load_dataset("shapes:40", None, "train", CPU)[0]
+    dataset = common.load_dataset("shapes:40", None, "train", CPU)
     (whole, _), _ = loaded(dataset, 10, stop=4)
     (rest, _), _ = loaded(dataset, 10, step=2, stop=4)
     assert torch.equal(rest, whole[20:])
 
 
 def test_views_and_epochs_differ_and_an_epoch_sees_every_image_once():
-    dataset = common.load_dataset("shapes:40", None, "train", CPU)[0]
+    dataset = common.load_dataset("shapes:40", None, "train", CPU)
     dataset.labels = torch.arange(40)
     loader = common.Loader(dataset, [common.View(32)] * 2, 10, seed=0, workers=0, device=CPU)
     first, second = (list(loader.batches(step, 8)) for step in (0, 4))
@@ -213,7 +214,7 @@ def test_folder_decodes_every_kind_of_file_and_crops_for_evaluation(image_folder
 
     dataset = common.FolderDataset(image_folder / "train")
     assert len(dataset) == 16 and dataset.num_classes == 2 and dataset.classes == ["ant", "bee"]
-    (images,), labels, unreadable = dataset[common.BatchRequest(np.arange(16), [common.View(28)])]
+    (images,), labels, unreadable = dataset[common.center_crops(np.arange(16), 28)]
     assert images.dtype == torch.uint8 and images.shape == (16, 3, 28, 28) and labels.tolist() == [0] * 8 + [1] * 8
     assert not unreadable
     for i, image in enumerate(images):
@@ -355,7 +356,7 @@ def test_shapes_are_balanced_repeatable_and_not_solved_by_pixels():
     assert not (images[:500] == test_images).all(dim=(1, 2, 3)).any()
     train, val = (images.flatten(1).float(), labels), (test_images.flatten(1).float(), test_labels)
     assert common.knn_accuracy(train, val, [10], 10)["knn"][10] < 50
-    assert common.load_dataset("shapes:30", None, "train", CPU, 48)[0].images.shape == (30, 3, 48, 48)
+    assert common.load_dataset("shapes:30", None, "train", CPU, 48).images.shape == (30, 3, 48, 48)
 
 
 def test_small_sets_come_out_as_one_tensor(tmp_path, monkeypatch):
@@ -383,13 +384,13 @@ def test_small_sets_come_out_as_one_tensor(tmp_path, monkeypatch):
     ):
         for split in ("pretrain", "train", "val"):
             seen.clear()
-            dataset, image_size = common.load_dataset(name, tmp_path, split, CPU)
+            dataset = common.load_dataset(name, tmp_path, split, CPU)
             wanted = {"pretrain": "unlabeled"} if name == "stl10" else {"pretrain": "train"}
             assert seen[-1] == {**wanted, "train": "train", "val": "test"}[split]
-            assert image_size == size and dataset.num_classes == classes
+            assert common.default_image_size(name) == size and dataset.num_classes == classes
             assert dataset.images.shape[:2] == (6, 3) and dataset.images.dtype == torch.uint8
     assert (dataset.images[0, 0] == dataset.images[0, 2]).all()  # grey, from Fashion-MNIST
-    cifar = common.load_dataset("cifar10", tmp_path, "train", CPU)[0].images
+    cifar = common.load_dataset("cifar10", tmp_path, "train", CPU).images
     assert (cifar.permute(0, 2, 3, 1).numpy() == hwc).all()
 
 
@@ -724,8 +725,8 @@ def features_after_own_batches():
     torch.manual_seed(0)
     encoder = common.Encoder(common.build_backbone("resnet8", 16), torch.nn.Identity())
     encoder(torch.randn(8, 3, 16, 16) + common.rank())
-    dataset, size = common.load_dataset("shapes:20", None, "val", CPU, 16)
-    return common.extract_features(encoder, common.subset(dataset, np.arange(100)), size, 100, 0, CPU)[0]
+    dataset = common.subset(common.load_dataset("shapes:20", None, "val", CPU, 16), np.arange(100))
+    return common.extract_features(encoder, dataset, 16, 100, 0, CPU)[0]
 
 
 def test_features_are_by_the_statistics_of_rank_0(on_two):
@@ -736,8 +737,8 @@ def test_features_are_by_the_statistics_of_rank_0(on_two):
 def features_of_shapes():
     torch.manual_seed(0)
     encoder = common.Encoder(common.build_backbone("resnet8"), torch.nn.Identity())
-    dataset, size = common.load_dataset("shapes:37", None, "train", CPU)
-    features, labels = common.extract_features(encoder, dataset, size, 8, 0, CPU)
+    dataset = common.load_dataset("shapes:37", None, "train", CPU)
+    features, labels = common.extract_features(encoder, dataset, 32, 8, 0, CPU)
     return features, labels, encoder.training
 
 

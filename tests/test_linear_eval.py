@@ -337,7 +337,7 @@ def test_images_come_at_the_networks_size(tmp_path, teacher_file, monkeypatch):
         f"{tmp_path}/resnet18.pth {teacher_file}": 224,
         f"{tmp_path}/wrn.pth": 32,
         "torchvision --arch resnet18": 224,
-        "random --arch resnet18": None,
+        "random --arch resnet18": 32,
         f"{teacher_file} --image-size 20": 20,
     }
     for weights, size in cases.items():
