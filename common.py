@@ -537,7 +537,7 @@ def draw_shapes(count, size, seed):
     palette = np.array([[0.85, 0.65, 0.35], [0.25, 0.35, 0.60], [0.50, 0.50, 0.45], [0.40, 0.45, 0.55]])
     grid = ((np.arange(size) + 0.5) / size - 0.5).astype(np.float32)
     for start in range(0, count, 1000):  # a thousand images at a time, to keep memory small
-        shape, texture = np.divmod(labels[start : start + 1000, None, None, None], len(TEXTURES))
+        shape, texture = np.divmod(labels[start : start + 1000], len(TEXTURES))
 
         def vary(low, high, channels=1, count=shape.size):
             return rng.uniform(low, high, (count, channels, 1, 1)).astype(np.float32)
@@ -547,8 +547,11 @@ def draw_shapes(count, size, seed):
         u = (np.cos(angle) * x + np.sin(angle) * y) / radius
         v = (np.cos(angle) * y - np.sin(angle) * x) / radius
         pattern_u, pattern_v = frequency * u + vary(-np.pi, np.pi), frequency * v + vary(-np.pi, np.pi)
-        distance = np.choose(shape, [edge(u, v) for edge in SHAPES.values()])
-        pattern = np.choose(texture, [wave(pattern_u, pattern_v) for wave in TEXTURES.values()])
+        distance, pattern = np.empty_like(u), np.empty_like(u)
+        for i, edge in enumerate(SHAPES.values()):
+            distance[shape == i] = edge(u[shape == i], v[shape == i])
+        for i, wave in enumerate(TEXTURES.values()):
+            pattern[texture == i] = wave(pattern_u[texture == i], pattern_v[texture == i])
         inside = np.clip(0.5 - distance * radius * size, 0, 1)  # edges one pixel soft
         ink = np.clip(0.5 + 2 * pattern, 0, 1)
         shade = np.clip(0.5 + vary(-0.3, 0.3) * grid + vary(-0.3, 0.3) * grid[:, None], 0, 1)
