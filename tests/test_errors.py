@@ -75,7 +75,7 @@ MISTAKES = {
     "disco.py --teacher teacher.pth --student resnet8": ["data/imagenet", "--data"],
     f"{DISCO} missing.pth": ["missing.pth"],
     f"{DISCO} empty": ["empty"],
-    f"{DISCO} text.pth": ["text.pth", "not a checkpoint"],
+    f"{DISCO} text.pth": ["text.pth", "not a readable checkpoint"],
     f"{DISCO} cut.pth": ["cut.pth"],
     f"{DISCO} code.pth": ["code.pth", "could run code"],
     f"{DISCO} strange.pth": ["strange.pth", "conv1.weight [4, 3, 3, 3]", "MoCo v1 and v2"],
@@ -83,7 +83,7 @@ MISTAKES = {
     f"{DISCO} list.pth": ["list.pth"],
     f"{DISCO} half.pth": ["half.pth", "bn1.weight"],
     f"{DISCO} vgg8.pth --image-size 4": ["vgg8.pth", "4 pixels", "--image-size"],
-    f"{DISCO} teacher.pth --teacher-arch resnet20": ["teacher.pth as resnet20", "missing"],
+    f"{DISCO} teacher.pth --teacher-arch resnet20": ["teacher.pth as resnet20", "Missing"],
     f"{DISCO} teacher.pth --student efficientnet_b9": ["efficientnet_b9", "did you mean efficientnet_b"],
     f"{DISCO} teacher.pth --teacher-bn train": ["train", "running"],
     f"{DISCO} teacher.pth --distill-weight -1": ["--distill-weight", "-1"],
@@ -258,4 +258,4 @@ def test_torchrun_shows_one_line_and_its_own_report(folder):
 
 def test_exit_code_is_2_from_the_shell(tmp_path):
     done = run_script("disco.py --teacher none.pth --student resnet8", cwd=tmp_path, check=False)
-    assert done.returncode == 2 and done.stderr == "disco.py: error: no file none.pth\n"
+    assert done.returncode == 2 and "disco.py: error: none.pth is not a readable" in done.stderr
