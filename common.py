@@ -22,13 +22,13 @@ import inspect
 import json
 import math
 import os
-import pickle
 import platform
 import re
 import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import traceback
@@ -797,12 +797,10 @@ def to_device(loader, device):
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def kaiming_init(network):
-    """Initialise convolutions as He et al. (2015), by the number of outputs; returns `network`."""
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    return network
+def kaiming_init(module):
+    """Initialise a convolution as He et al. (2015), by the number of outputs; for `network.apply`."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
 # The networks for 32-pixel images that CRD (Tian et al., 2020) brought together. Later work on distillation, SSKD too,
@@ -816,32 +814,27 @@ def conv_bn(in_channels, channels, kernel, stride=1, groups=1):
     return layer, nn.BatchNorm2d(channels)
 
 
-def conv_network(layers, dim, classifier="fc"):
-    """A Sequential of the named layers, average pooling and a linear classifier of ten classes."""
-    tail = {"pool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten(), classifier: nn.Linear(dim, 10)}
-    return nn.Sequential(OrderedDict({**layers, **tail}))
-
-
-def three_stages(block, channels, depths, first_stride=2):
-    """Stages of blocks, layer1 to layer3: the first block of a stage has its stride and changes the channels."""
-    stages = {}
+def stage_network(block, channels, depths, kernel=3, first_stride=1, classifier="fc"):
+    """A stem, stages whose first block changes the channels and the size, pooling and a classifier of ten classes."""
+    conv, norm = conv_bn(3, channels[0], kernel)
+    layers = {"conv1": conv, "bn1": norm, "relu": nn.ReLU()}
     for number, depth in enumerate(depths):
         before, after = channels[number : number + 2]
         first = block(before, after, 2 if number else first_stride)
-        stages[f"layer{number + 1}"] = nn.Sequential(first, *(block(after, after, 1) for _ in range(depth - 1)))
-    return stages
+        layers[f"layer{number + 1}"] = nn.Sequential(first, *(block(after, after, 1) for _ in range(depth - 1)))
+    layers |= {"pool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten(), classifier: nn.Linear(channels[-1], 10)}
+    return nn.Sequential(OrderedDict(layers))
+
+
+def basic_block(in_channels, channels, stride):
+    """torchvision's block of ResNet-18, with a convolution in the shortcut where the channels change."""
+    shortcut = nn.Sequential(*conv_bn(in_channels, channels, 1, stride)) if in_channels != channels else None
+    return torchvision.models.resnet.BasicBlock(in_channels, channels, stride, shortcut)
 
 
 def cifar_resnet(depth, channels=(16, 16, 32, 64)):
     """ResNet for 32-pixel images (He et al., 2016, section 4.2): 6n + 2 layers, a stem and three stages of channels."""
-
-    def block(in_channels, channels, stride):
-        shortcut = nn.Sequential(*conv_bn(in_channels, channels, 1, stride)) if in_channels != channels else None
-        return torchvision.models.resnet.BasicBlock(in_channels, channels, stride, shortcut)
-
-    conv, norm = conv_bn(3, channels[0], 3)
-    stages = three_stages(block, channels, [(depth - 2) // 6] * 3, first_stride=1)
-    return kaiming_init(conv_network({"conv1": conv, "bn1": norm, "relu": nn.ReLU(), **stages}, channels[-1]))
+    return stage_network(basic_block, channels, [(depth - 2) // 6] * 3).apply(kaiming_init)
 
 
 class WideBlock(nn.Module):
@@ -863,12 +856,10 @@ class WideBlock(nn.Module):
 def wide_resnet(depth, width):
     """Wide ResNet (Zagoruyko and Komodakis, 2016): 6n + 4 layers, `width` times the channels."""
     channels = (16, 16 * width, 32 * width, 64 * width)
-    stages = three_stages(WideBlock, channels, [(depth - 4) // 6] * 3, first_stride=1)
-    stages = {f"block{n}": nn.Sequential(OrderedDict(layer=stage)) for n, stage in enumerate(stages.values(), start=1)}
-    layers = {"conv1": conv_bn(3, 16, 3)[0], **stages, "bn1": nn.BatchNorm2d(channels[-1]), "relu": nn.ReLU()}
-    network = kaiming_init(conv_network(layers, channels[-1]))
-    nn.init.zeros_(network.fc.bias)
-    return network
+    conv, _, relu, *stages, pool, flatten, classifier = stage_network(WideBlock, channels, [(depth - 4) // 6] * 3)
+    layers = {f"block{n}": nn.Sequential(OrderedDict(layer=stage)) for n, stage in enumerate(stages, start=1)}
+    layers = {"conv1": conv, **layers, "bn1": nn.BatchNorm2d(channels[-1]), "relu": relu}
+    return nn.Sequential(OrderedDict(layers, pool=pool, flatten=flatten, fc=classifier)).apply(kaiming_init)
 
 
 def cifar_vgg(layers):
@@ -876,10 +867,9 @@ def cifar_vgg(layers):
     start = layers.index(512)
     layers = layers[:start] + [layer for layer in layers[start:] if layer != "M"]
     features = torchvision.models.vgg.make_layers(layers, batch_norm=True)
-    network = kaiming_init(conv_network({"features": features}, 512, "classifier"))
-    nn.init.normal_(network.classifier.weight, std=0.01)
-    nn.init.zeros_(network.classifier.bias)
-    return network
+    pool, classifier = nn.AdaptiveAvgPool2d(1), nn.Linear(512, 10)
+    layers = OrderedDict(features=features, pool=pool, flatten=nn.Flatten(), classifier=classifier)
+    return nn.Sequential(layers).apply(kaiming_init)
 
 
 def cifar_mobilenet_v2():
@@ -895,7 +885,7 @@ def cifar_mobilenet_v2():
 
 
 class ShuffleV1Block(nn.Module):
-    """Block of ShuffleNet (Zhang et al., 2018). With stride 2 the block concatenates the pooled input."""
+    """Block of ShuffleNet (Zhang et al., 2018), in 3 groups. With stride 2 it concatenates the pooled input."""
 
     def __init__(self, in_channels, channels, stride):
         super().__init__()
@@ -913,13 +903,6 @@ class ShuffleV1Block(nn.Module):
         return F.relu(out + x if self.stride == 1 else torch.cat([out, F.avg_pool2d(x, 3, 2, padding=1)], dim=1))
 
 
-def shuffle_v1():
-    """ShuffleNet of 3 groups with a stem of 1x1."""
-    conv, norm = conv_bn(3, 24, 1)
-    stages = three_stages(ShuffleV1Block, (24, 240, 480, 960), (4, 8, 4))
-    return conv_network({"conv1": conv, "bn1": norm, "relu": nn.ReLU(), **stages}, 960, "linear")
-
-
 def shuffle_v2():
     """torchvision's ShuffleNet V2 with a stem of 1x1 and no max-pooling."""
     network = torchvision.models.shufflenet_v2_x1_0(num_classes=10)
@@ -931,23 +914,23 @@ def shuffle_v2():
 def small_stem(network):
     """Give a torchvision ResNet a 3x3 stem of stride 1 without max-pooling (SimCLR, appendix B.9), in place."""
     network.conv1 = nn.Conv2d(3, network.bn1.num_features, 3, padding=1, bias=False)
-    nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
+    network.conv1.apply(kaiming_init)
     network.maxpool = nn.Identity()
     return network
 
 
-VGG_ROWS = {11: "A", 13: "B", 16: "D", 19: "E"}
 CIFAR_NETWORKS = {
     **{f"resnet{depth}": partial(cifar_resnet, depth) for depth in (8, 14, 20, 32, 44, 56, 110)},
     **{f"resnet{depth}x4": partial(cifar_resnet, depth, (32, 64, 128, 256)) for depth in (8, 32)},
     "ResNet50": lambda: small_stem(torchvision.models.resnet50(num_classes=10)),
     **{f"wrn_{depth}_{width}": partial(wide_resnet, depth, width) for depth in (16, 40) for width in (1, 2)},
     "vgg8": partial(cifar_vgg, [64, "M", 128, "M", 256, "M", 512, 512]),
-    **{f"vgg{n}": partial(cifar_vgg, torchvision.models.vgg.cfgs[row]) for n, row in VGG_ROWS.items()},
+    **{name: partial(cifar_vgg, torchvision.models.vgg.cfgs[row])
+       for name, row in {"vgg11": "A", "vgg13": "B", "vgg16": "D", "vgg19": "E"}.items()},
     "MobileNetV2": cifar_mobilenet_v2,
-    "ShuffleV1": shuffle_v1,
+    "ShuffleV1": partial(stage_network, ShuffleV1Block, (24, 240, 480, 960), (4, 8, 4), 1, 2, "linear"),
     "ShuffleV2": shuffle_v2,
-}
+}  # fmt: skip
 
 
 def widened_resnet50(times):
@@ -958,16 +941,15 @@ def widened_resnet50(times):
     network.bn1 = nn.BatchNorm2d(64 * times)
     network.layer1[0].conv1 = nn.Conv2d(64 * times, 64 * times, 1, bias=False)
     network.layer1[0].downsample[0] = nn.Conv2d(64 * times, 256 * times, 1, bias=False)
-    return kaiming_init(network)
+    return network.apply(kaiming_init)
 
 
+TORCHVISION_NETWORKS = torchvision.models.list_models(module=torchvision.models)  # the classification networks
 WIDENED = {f"resnet50w{times}": partial(widened_resnet50, times) for times in (2, 4, 5)}
-TORCHVISION_NETWORKS = tuple(torchvision.models.list_models(module=torchvision.models))  # the classification networks
-
-
-def network_names():
-    """Names that `build_backbone` takes: of `CIFAR_NETWORKS`, `WIDENED` and torchvision's classification networks."""
-    return list(dict.fromkeys([*CIFAR_NETWORKS, *WIDENED, *TORCHVISION_NETWORKS]))
+LARGE_NETWORKS = {**{name: partial(torchvision.models.get_model, name) for name in TORCHVISION_NETWORKS}, **WIDENED}
+for name in ("googlenet", "inception_v3"):
+    LARGE_NETWORKS[name] = partial(LARGE_NETWORKS[name], aux_logits=False, init_weights=False)
+NETWORK_NAMES = list({**CIFAR_NETWORKS, **LARGE_NETWORKS})
 
 
 def build_backbone(arch, image_size=224):
@@ -978,51 +960,42 @@ def build_backbone(arch, image_size=224):
     torchvision's ResNets get a 3x3 stem, and vgg11 to vgg19, which both have, are CIFAR's.
     Raises UserError for an unknown name and for images that are too small.
     """
-    if arch not in network_names():
-        close = difflib.get_close_matches(arch, network_names(), n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else "take any of torchvision's classification networks"
-        raise UserError(f"unknown network {arch}: {hint}")
-    if arch in CIFAR_NETWORKS and (image_size <= 32 or arch not in TORCHVISION_NETWORKS):
-        network = CIFAR_NETWORKS[arch]()
-    else:
-        options = {"image_size": image_size} if arch.startswith("vit_") else {}
-        if arch in ("googlenet", "inception_v3"):
-            options = {"aux_logits": False, "init_weights": False}
-        try:
-            network = WIDENED[arch]() if arch in WIDENED else torchvision.models.get_model(arch, **options)
-        except AssertionError as error:  # a transformer's patches
-            raise UserError(f"{arch} does not take images of {image_size} pixels ({error})") from None
-        if isinstance(network, torchvision.models.ResNet) and image_size <= 32:
-            small_stem(network)
-    remove_classifier(network, (nn.Linear, nn.Conv2d) if arch.startswith("squeezenet") else nn.Linear)
+    if arch not in NETWORK_NAMES:
+        close = " or ".join(difflib.get_close_matches(arch, NETWORK_NAMES, cutoff=0))
+        raise UserError(f"unknown network {arch}, not one of torchvision's or CIFAR's: did you mean {close}?")
+    small = image_size <= 32
+    networks = {**LARGE_NETWORKS, **CIFAR_NETWORKS} if small else {**CIFAR_NETWORKS, **LARGE_NETWORKS}
+    # A transformer of whole patches: where they do not make up the image, check_input_size refuses it
+    options = {"image_size": image_size - image_size % int(arch[-2:])} if arch.startswith("vit_") else {}
+    network = networks[arch](**options)
+    if small and isinstance(network, torchvision.models.ResNet):
+        small_stem(network)
+    remove_classifier(network)
     if not next(network.parameters()).is_meta:
         check_input_size(network, arch, image_size)
+    network.image_size = image_size
     return network
 
 
-def remove_classifier(network, kinds=nn.Linear):
-    """Turn the last layer of these kinds into the identity, and dropout and stochastic depth off, in place.
-
-    The network gets the attributes `.classifier_name` and `.feature_dim`.
-    """
+def remove_classifier(network):
+    """Turn the last layer into the identity, dropout and stochastic depth off; sets classifier_name and feature_dim."""
     for module in network.modules():
         if isinstance(module, (nn.Dropout, torchvision.ops.StochasticDepth)):
             module.p = 0.0
-        if isinstance(module, nn.MultiheadAttention):
-            module.dropout = 0.0
-    name, layer = [(name, module) for name, module in network.named_modules() if isinstance(module, kinds)][-1]
-    network.classifier_name, network.feature_dim = name, layer.weight.shape[1]
-    network.set_submodule(name, nn.Identity())
+    layers = [name for name, module in network.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    network.classifier_name = layers[-1]
+    network.feature_dim = network.get_submodule(layers[-1]).weight.shape[1]
+    network.set_submodule(layers[-1], nn.Identity())
 
 
 @torch.no_grad()
-def check_input_size(network, arch, image_size, option="--image-size"):
+def check_input_size(network, name, image_size, option="--image-size"):
     """Raise UserError where the network does not take images of this size."""
     try:
         network.eval()(torch.zeros(1, 3, image_size, image_size))
     except (RuntimeError, ValueError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{arch} does not take images of {image_size} pixels ({reason}): change {option}") from None
+        why = str(error).partition("\n")[0]
+        raise UserError(f"{name} does not take images of {image_size} pixels ({why}): pass another {option}") from None
     network.train()
 
 
@@ -1031,16 +1004,15 @@ def mlp_head(in_dim, hidden_dim, out_dim):
     return nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, out_dim))
 
 
-class Encoder(nn.Module):
+class Encoder(nn.Sequential):
     """Backbone and projection head: images (N, 3, H, W) -> embedding (N, dim), not normalised, always float32.
 
     `amp` (None, torch.bfloat16 or torch.float16) is the precision inside. name: the attribute that the head becomes.
     """
 
     def __init__(self, backbone, head, name="head"):
-        super().__init__()
-        self.backbone, self.amp, self.name = backbone, None, name
-        self.add_module(name, head)
+        super().__init__(OrderedDict({"backbone": backbone, name: head}))
+        self.amp = None
         widths = [module.out_features for module in head.modules() if isinstance(module, nn.Linear)]
         self.dim = widths[-1] if widths else backbone.feature_dim
 
@@ -1051,7 +1023,7 @@ class Encoder(nn.Module):
         """Features (N, feature_dim) of the backbone, and the head's output, both float32."""
         with torch.autocast(images.device.type, self.amp, enabled=self.amp is not None):
             features = self.backbone(images)
-            return features.float(), self.get_submodule(self.name)(features).float()
+            return features.float(), self[1](features).float()
 
     @torch.no_grad()
     def features(self, images):
@@ -1075,33 +1047,30 @@ class Classifier(Encoder):
 
 def build_classifier(arch, num_classes, image_size=224):
     """A labelled network, randomly initialised; `arch` and errors as in `build_backbone`."""
-    backbone = build_backbone(arch, image_size)
     if arch.startswith("squeezenet"):
         raise UserError(f"{arch} ends in a convolution, not in a linear classifier: take another network")
+    backbone = build_backbone(arch, image_size)
     return Classifier(backbone, nn.Linear(backbone.feature_dim, num_classes))
 
 
 # Where files keep what. A file has the first layout whose mark begins one of its keys. backbone, head and classifier
-# are what the keys of each part begin with; a classifier that is not named here is part of the backbone. Any other key
-# must begin with one of `others`, else the file is refused. activation: of the head.
-Layout = namedtuple("Layout", "written_by mark backbone head others classifier activation",
-                    defaults=(None, (), None, nn.ReLU))  # fmt: skip
-ANY, MOMENTUM = ("",), ("momentum_encoder.", "predictor.")
+# are the beginnings of each part's keys; other keys are not read (SwAV's prototypes neither). activation: of the head.
+Layout = namedtuple("Layout", "written_by mark backbone head classifier activation", defaults=(None, None, nn.ReLU))
 LAYOUTS = (
-    Layout("moco_v2.py", "encoder.head.", "encoder.backbone.", "encoder.head.", ANY),
-    Layout("disco.py, seed.py", "student.head.", "student.backbone.", "student.head.", ANY),
-    Layout("sskd.py", "student.classifier.", "student.backbone.", None, ANY, "student.classifier."),
-    Layout("MoCo v1 and v2, DisCo", "encoder_q.", "encoder_q.", "encoder_q.fc.", ("encoder_k.", "teacher.", "queue")),
-    Layout("SEED", "student.fc.", "student.", "student.fc.", ("teacher.", "queue", "small_queue")),
-    Layout("SwAV, DeepCluster-v2, SeLa-v2", "projection_head.", "", "projection_head.", ("prototypes.",)),
-    Layout("MoCo v3's ResNets", "base_encoder.fc.", "base_encoder.", "base_encoder.fc.", MOMENTUM),
-    Layout("MoCo v3", "base_encoder.head.", "base_encoder.", "base_encoder.head.", MOMENTUM),
-    Layout("DINO, iBOT", "head.mlp.", "backbone.", "head.mlp.", ("head.last_",), None, nn.GELU),
-    Layout("DINOv2", "dino_head.", "backbone.", "dino_head.mlp.", ("dino_head.", "ibot_head."), None, nn.GELU),
-    Layout("SSKD's students", "proj_head.", "backbone.", None, ("proj_head.",)),
+    Layout("moco_v2.py", "encoder.head.", "encoder.backbone.", "encoder.head."),
+    Layout("disco.py, seed.py", "student.head.", "student.backbone.", "student.head."),
+    Layout("sskd.py", "student.classifier.", "student.backbone.", None, "student.classifier."),
+    Layout("MoCo v1 and v2, DisCo", "encoder_q.", "encoder_q.", "encoder_q.fc."),
+    Layout("SEED", "student.fc.", "student.", "student.fc."),
+    Layout("SwAV, DeepCluster-v2, SeLa-v2", "projection_head.", "", "projection_head.", "prototypes."),
+    Layout("MoCo v3's ResNets", "base_encoder.fc.", "base_encoder.", "base_encoder.fc."),
+    Layout("MoCo v3", "base_encoder.head.", "base_encoder.", "base_encoder.head."),
+    Layout("DINO, iBOT", "head.mlp.", "backbone.", "head.mlp.", activation=nn.GELU),
+    Layout("DINOv2", "dino_head.", "backbone.", "dino_head.mlp.", activation=nn.GELU),
+    Layout("SSKD's students", "proj_head.", "backbone."),
     Layout("SimCLR", "backbone.fc.0.", "backbone.", "backbone.fc."),
     Layout("bare and labelled networks of torchvision, CRD and SSKD, vision transformers, or a backbone.pth", "", ""),
-)  # fmt: skip
+)
 # Keys of vision transformers in the code of DINO, iBOT, MAE, MoCo v3, DINOv2 and timm, and torchvision's for the same
 TRANSFORMER_KEYS = (
     (r"^(mask_token|masked_embed|decoder_.*)$", ""),  # left out
@@ -1119,13 +1088,6 @@ TRANSFORMER_KEYS = (
     (r"^norm\.", "encoder.ln."),
     (r"^head\.(weight|bias)$", r"heads.head.\1"),
 )
-FOREIGN_TRANSFORMERS = {r"\.mlp\.w\d": "SwiGLU", r"^patch_embed\.proj\.\d": "a convolutional stem",
-                        r"^rope_": "rotary positions"}  # fmt: skip
-WRAPPERS = ("model", "state_dict", "teacher")  # keys around a state dict; of DINO's two networks the teacher is better
-
-
-class CorruptCheckpoint(UserError):
-    """A file that is missing, cut off or changed."""
 
 
 def load_file(path, whole=False):
@@ -1134,21 +1096,15 @@ def load_file(path, whole=False):
     With `whole` all bytes are checked against the file's checksums before.
     """
     try:
-        if whole:
-            with zipfile.ZipFile(path) as parts:
-                if changed := parts.testzip():
-                    raise CorruptCheckpoint(f"{path} is not a readable checkpoint (wrong checksum of {changed})")
+        if whole and (changed := zipfile.ZipFile(path).testzip()):
+            raise ValueError(f"wrong checksum of {changed}")
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise CorruptCheckpoint(f"no file {path}") from None
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"holds {found[1]} besides tensors" if found else "is not a checkpoint, or holds more than tensors"
-        raise UserError(f"{path} {what} and plain values, which is not loaded because it could run code: have one who "
-                        "trusts it save its state dict alone") from None  # fmt: skip
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        reason = (str(error).splitlines() or ["damaged"])[0]
-        raise CorruptCheckpoint(f"{path} is not a readable checkpoint ({reason})") from None
+        raise UserError(f"no file {path}") from None
+    except Exception as error:
+        code = re.search(r"GLOBAL (\S+)", str(error))  # of torch's message about objects
+        why = f"{code[1]} could run code: save the state dict alone" if code else str(error).partition("\n")[0]
+        raise UserError(f"{path} is not a readable checkpoint ({why})") from None
 
 
 def load_teacher(path, arch=None, image_size=None, trust=False):
@@ -1159,57 +1115,105 @@ def load_teacher(path, arch=None, image_size=None, trust=False):
     image_size: of the images that a vision transformer takes (default: the file's own). Without a head in the file,
     features are the embedding. Returns an Encoder. Raises UserError for a file that fits nothing or only in part.
     """
-    if str(path).endswith(".pt2"):
-        if not trust:
-            raise UserError(f"{path} is a program, which can run any code: pass --trust-teacher if you trust it")
-        encoder = Encoder(Program(path, image_size), nn.Identity())
+    if not str(path).endswith(".pt2"):
+        backbone, parts, activation = load_backbone(path, arch, image_size)
+        head = build_head(path, parts["head"], activation)
+    elif trust:
+        backbone, head = Program(path, image_size), nn.Identity()
     else:
-        backbone, parts, layout = load_backbone(path, arch, image_size)
-        encoder = Encoder(backbone, build_head(parts["head"], layout.activation))
-        load_strict(encoder.head, parts["head"], f"projection head of {path}")
-    return encoder.requires_grad_(False).eval()
+        raise UserError(f"{path} is a program, which can run any code: pass --trust-teacher if you trust its author")
+    return Encoder(backbone, head).requires_grad_(False).eval()
 
 
 def load_classifier(path, arch=None, num_classes=None):
     """Read a labelled network, frozen and in eval mode; path and arch as in `load_teacher`.
 
-    Returns a Classifier. Raises UserError as `load_teacher` does, where the file has no classifier, and where that one
-    has another number of classes.
+    Returns a Classifier. Raises UserError as `load_teacher` does, and for no classifier or one of other classes.
     """
     if str(path).endswith(".pt2"):
         raise UserError(f"{path} is a program and has no linear classifier: a network trained with labels is needed")
     backbone, parts, _ = load_backbone(path, arch)
-    state = parts["classifier"]
-    if state.keys() != {"weight", "bias"} or state["weight"].ndim != 2:
+    if parts["classifier"].keys() != {"weight", "bias"}:
         raise UserError(f"{path} holds no linear classifier: a network trained with labels is needed")
-    classes, dim = state["weight"].shape
-    if num_classes not in (None, classes):
-        raise UserError(f"{path} has {classes} classes, --data has {num_classes}")
-    classifier = nn.Linear(dim, classes)
-    load_strict(classifier, state, f"classifier of {path}")
+    classifier = build_head(path, parts["classifier"])
+    if num_classes not in (None, classifier.out_features):
+        raise UserError(f"{path} has {classifier.out_features} classes, --data has {num_classes}")
     return Classifier(backbone, classifier).requires_grad_(False).eval()
 
 
 def load_backbone(path, arch, image_size=None):
-    """The backbone of a file, with its weights, the state dicts of its head and classifier, and its layout.
+    """The backbone of a file, with its weights, the state dicts of its head and classifier, and the head's activation.
 
     backbone.image_size is `image_size`, or else the size that the network was trained at, as far as it is known.
     """
     checkpoint = torchvision_weights(arch) if path == "torchvision" else load_file(path)
     layout, parts = split_state(path, checkpoint)
     state, written = parts["backbone"], checkpoint.get("arch")
-    arch = arch or (written if written in network_names() else None)
+    arch = arch or (written if written in NETWORK_NAMES else None)
     if state.keys() & {"cls_token", "class_token"} and (not arch or arch.startswith("vit_")):
         backbone, state = build_transformer(path, state, image_size, layout.written_by == "MoCo v3")
     else:
-        arch, stem_size, state = infer_arch(path, state, arch)
-        backbone = build_backbone(arch, stem_size)
-        size = image_size or checkpoint.get("image_size") or config_image_size(path)
-        backbone.image_size = size if isinstance(size, int) else stem_size
-    own = {key: state.pop(key) for key in list(state) if key.rpartition(".")[0] == backbone.classifier_name}
-    parts["classifier"] = parts["classifier"] or {key.rpartition(".")[2]: value for key, value in own.items()}
+        arch, backbone, state = infer_arch(path, state, arch)
+        size = image_size or checkpoint.get("image_size")
+        with contextlib.suppress(
+            OSError, ValueError, LookupError, TypeError, AttributeError
+        ):  # of the run that wrote a backbone.pth
+            config = json.loads(Path(path).with_name("config.json").read_text())
+            size = size or config.get("image_size") or config["arguments"]["image_size"]
+        backbone.image_size = size if isinstance(size, int) else backbone.image_size
+    for part in [name for name in ("weight", "bias") if f"{backbone.classifier_name}.{name}" in state]:
+        parts["classifier"][part] = state.pop(f"{backbone.classifier_name}.{part}")
     load_strict(backbone, state, f"{path} as {arch or 'a vision transformer'}", assign=True)
-    return backbone, parts, layout
+    return backbone, parts, layout.activation
+
+
+def torchvision_weights(arch):
+    """torchvision's labelled weights, fetched where missing, in the form of a file."""
+    try:
+        weights = torchvision.models.get_model_weights(arch).DEFAULT
+        return {"state_dict": weights.get_state_dict(progress=rank() == 0), "image_size": 224}
+    except (ValueError, TypeError, AttributeError, OSError) as error:
+        raise UserError(f"torchvision has no weights for {arch} ({error}): name a network with --teacher-arch or "
+                        "--arch, or pass a file") from None  # fmt: skip
+
+
+def split_state(path, checkpoint):
+    """The layout of a file's content, and the state dicts of its parts: backbone, head and classifier."""
+    state = checkpoint
+    for wrapper in ("model", "state_dict", "teacher"):  # of DINO's two networks the teacher is better
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not isinstance(state, dict) or not any(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UserError(f"{path} holds no network's weights")
+    # "module." is DataParallel's, whatever the layout, and some nested it
+    state = {re.sub(r"^(module\.)+", "", str(k)): v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+    layout = next(layout for layout in LAYOUTS if any(key.startswith(layout.mark) for key in state))
+    parts = {}
+    for part in ("head", "classifier", "backbone"):  # in this order: the backbone's prefix may begin the others, too
+        prefix = getattr(layout, part)
+        keys = [key for key in state if prefix is not None and key.startswith(prefix)]
+        parts[part] = {key.removeprefix(prefix): state.pop(key) for key in keys}
+    return layout, parts
+
+
+def build_head(path, state, activation=nn.ReLU):
+    """The head of a file: one linear layer, or an MLP with or without BatchNorm; the identity for none."""
+    if state.keys() == {"weight", "bias"}:
+        head = nn.Linear(state["weight"].shape[-1], len(state["weight"]))
+    else:  # layers bear their places in a Sequential; a place without weights is an activation
+        head = nn.Sequential()
+        places = [int(key.partition(".")[0]) for key in state if key.partition(".")[0].isdecimal()]
+        for place in range(max(places, default=-1) + 1):
+            weight, mean = state.get(f"{place}.weight"), state.get(f"{place}.running_mean")
+            if mean is not None:
+                head.append(nn.BatchNorm1d(len(mean), affine=weight is not None))
+            elif weight is not None:
+                head.append(nn.Linear(weight.shape[-1], len(weight), bias=f"{place}.bias" in state))
+            else:
+                head.append(activation())
+    load_strict(head, state, f"head of {path}", assign=True)
+    return head
 
 
 def build_transformer(path, state, image_size=None, moco_v3=False):
@@ -1222,44 +1226,39 @@ def build_transformer(path, state, image_size=None, moco_v3=False):
     for pattern, name in TRANSFORMER_KEYS:
         state = {re.sub(pattern, name, key): value for key, value in state.items()}
     state.pop("", None)
-    block, stem, positions = "encoder.layers.encoder_layer_", "conv_proj.weight", "encoder.pos_embedding"
-    foreign = [what for pattern, what in FOREIGN_TRANSFORMERS.items() if any(re.search(pattern, key) for key in state)]
-    foreign += [f"no {key}" for key in (stem, positions, f"{block}0.mlp.0.weight") if key not in state]
-    grid = 0 if foreign else math.isqrt(state[positions].shape[1] - 1)
-    if not foreign and grid**2 + 1 != state[positions].shape[1]:
-        foreign = [f"{state[positions].shape[1]} positions, not a square and one"]
-    if foreign:
-        raise UserError(f"{path} has {foreign[0]}, unlike torchvision's VisionTransformer: export the network as a "
-                        "program and pass FILE.pt2")  # fmt: skip
+    try:
+        width, _, patch, _ = state["conv_proj.weight"].shape
+        hidden = len(state["encoder.layers.encoder_layer_0.mlp.0.weight"])
+        positions = state["encoder.pos_embedding"]
+        grid = math.isqrt(positions.shape[1] - 1)
+        first, rest = positions.split([1, grid**2], dim=1)
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} is unlike torchvision's VisionTransformer in {error}, perhaps with SwiGLU, a "
+                        "convolutional stem or rotary positions: export it and pass FILE.pt2") from None  # fmt: skip
     for layer in [key.removesuffix(".scale") for key in state if key.endswith(".scale")]:
         scale = state.pop(f"{layer}.scale")
         for key in {f"{layer}.weight", f"{layer}.bias"} & state.keys():
             state[key] = torch.einsum("o,o...->o...", scale, state[key])
 
-    width, _, patch, _ = state[stem].shape
     registers = state.pop("register_tokens", torch.empty(1, 0, width))
-    image_size = image_size or grid * patch
-    size = image_size // patch
-    if image_size % patch:
+    if (image_size or 0) % patch:
         raise UserError(f"{path} has patches of {patch} pixels, which do not divide images of {image_size}: pass "
-                        f"--image-size {max(1, size) * patch}, or another multiple")  # fmt: skip
-    first, rest = state[positions].split([1, grid**2], dim=1)
+                        f"--image-size {max(1, image_size // patch) * patch}, or another multiple")  # fmt: skip
+    size = image_size // patch if image_size else grid
     if size != grid:
         how = {"size": (size, size), "antialias": True} if registers.numel() else {"scale_factor": (size + 0.1) / grid}
         rest = rest.unflatten(1, (grid, grid)).permute(0, 3, 1, 2)
         rest = F.interpolate(rest, mode="bicubic", **how).flatten(2).transpose(1, 2)
-    state[positions] = torch.cat([first, torch.zeros_like(registers), rest], dim=1)
+    state["encoder.pos_embedding"] = torch.cat([first, torch.zeros_like(registers), rest], dim=1)
     state["class_token"] = torch.cat([state["class_token"], registers], dim=1)
 
     depth = sum(key.endswith(".ln_1.weight") for key in state)
     heads = 12 if moco_v3 and width == 384 else 16 if width == 1280 else max(1, width // 64)
     with torch.device("meta"):
-        network = torchvision.models.VisionTransformer(image_size, patch, depth, heads, width,
-                                                       len(state[f"{block}0.mlp.0.weight"]))  # fmt: skip
+        network = torchvision.models.VisionTransformer(size * patch, patch, depth, heads, width, hidden)
         network.class_token = nn.Parameter(torch.empty(state["class_token"].shape))
-        network.encoder.pos_embedding = nn.Parameter(torch.empty(state[positions].shape))
+        network.encoder.pos_embedding = nn.Parameter(torch.empty(state["encoder.pos_embedding"].shape))
     remove_classifier(network)
-    network.image_size = image_size
     return network, state
 
 
@@ -1282,7 +1281,7 @@ class Program(nn.Module):
             with torch.no_grad():
                 _, self.feature_dim = self(torch.zeros(3, 3, self.image_size, self.image_size)).shape
         except Exception as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
+            reason = (str(error) or type(error).__name__).partition("\n")[0]
             raise UserError(f"{path} is not a program that turns any number of images of --image-size into features "
                             f"(N, D) ({reason}): export it with a dynamic batch, at this size") from None  # fmt: skip
 
@@ -1300,128 +1299,35 @@ class Program(nn.Module):
         return self
 
 
-def torchvision_weights(arch):
-    """torchvision's labelled weights, fetched where missing; raises UserError."""
-    if not arch:
-        raise UserError("the weights of torchvision need the name of a network: pass --teacher-arch or --arch")
-    try:
-        return torchvision.models.get_model_weights(arch).DEFAULT.get_state_dict(progress=rank() == 0)
-    except (ValueError, AttributeError):
-        raise UserError(f"torchvision has no weights for {arch}") from None
-    except OSError as error:
-        raise UserError(f"torchvision's weights of {arch} could not be fetched ({error}): pass a file") from None
+def infer_arch(path, state, arch=None):
+    """Name of the network that a state dict fits, its backbone on the meta device, and the dict with its keys.
 
-
-def config_image_size(path):
-    """The image size of the run that wrote a backbone.pth, from the config.json beside it; None without one."""
-    try:
-        config = json.loads(Path(path).with_name("config.json").read_text()) if path != "torchvision" else {}
-        arguments = config.get("arguments", {})
-        return config.get("image_size") or arguments.get("image_size") or default_image_size(arguments["data"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-
-
-def split_state(path, checkpoint):
-    """The layout of a file's content, and the state dicts of its parts: backbone, head and classifier."""
-    state = checkpoint
-    for wrapper in WRAPPERS:
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    if not isinstance(state, dict) or not any(isinstance(value, torch.Tensor) for value in state.values()):
-        raise UserError(f"{path} holds no network's weights")
-    # "module." is DataParallel's, whatever the layout, and some nested it
-    state = {re.sub(r"^(module\.)+", "", str(k)): v for k, v in state.items() if isinstance(v, torch.Tensor)}
-    state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
-    layout = next(layout for layout in LAYOUTS if any(key.startswith(layout.mark) for key in state))
-
-    def take(prefix):
-        keys = [key for key in state if prefix is not None and key.startswith(prefix)]
-        return {key.removeprefix(prefix): state.pop(key) for key in keys}
-
-    # In this order: the backbone's prefix may begin the others, too
-    parts = {name: take(getattr(layout, name)) for name in ("head", "classifier")}
-    for prefix in filter(None, layout.others):
-        take(prefix)
-    parts["backbone"] = take(layout.backbone)
-    if state and layout.others != ANY:
-        raise UserError(f"{path} does not fit; {layout.written_by} files have no {', '.join(list(state)[:3])}")
-    return layout, parts
-
-
-def build_head(state, activation=nn.ReLU):
-    """The projection head of a state dict: one linear layer, or an MLP with or without BatchNorm; identity for none.
-
-    An MLP's layers bear their places in a Sequential; a place without weights is an activation.
+    The first that fits is taken, else the nearest. Keys of CRD's released files become those of `CIFAR_NETWORKS`, in
+    their order. Raises UserError where no network is near.
     """
-    shapes = {name: tuple(value.shape) for name, value in state.items()}
-    if not shapes:
-        return nn.Identity()
-    if shapes.keys() == {"weight", "bias"} and len(shapes["weight"]) == 2:
-        return nn.Linear(*shapes["weight"][::-1])
-    layers = []
-    places = {int(name.partition(".")[0]) for name in shapes if name.partition(".")[0].isdecimal()}
-    for place in range(max(places, default=-1) + 1):
-        weight = shapes.get(f"{place}.weight", ())
-        if len(weight) == 2:
-            bias = f"{place}.bias" in shapes or f"{place + 1}.running_mean" not in shapes
-            layers.append(nn.Linear(*weight[::-1], bias=bias))
-        elif f"{place}.running_mean" in shapes:
-            layers.append(nn.BatchNorm1d(*shapes[f"{place}.running_mean"], affine=bool(weight)))
-        else:
-            layers.append(activation())
-    return nn.Sequential(*layers)
-
-
-def candidates(state):
-    """Names of networks that a state dict may be of: those with about its number of parameters.
-
-    The metadata of torchvision's weights has that number with a classifier of 1000 classes. The last matrix of the
-    file is a classifier of any number of classes, or the file has none.
-    """
+    # torchvision counts 1000 classes; the last matrix of the file is a classifier of any number, or there is none
     count = sum(value.numel() for value in state.values())
     matrix = ([value for value in state.values() if value.ndim == 2] or [torch.empty(1000, 0)])[-1]
     counts = count, count + (1000 - len(matrix)) * matrix.shape[1]
-
-    def distance(name):
-        size = next(iter(torchvision.models.get_model_weights(name))).meta["num_params"]
-        return min(abs(size - count) for count in counts)
-
+    weights = {name: next(iter(torchvision.models.get_model_weights(name))) for name in TORCHVISION_NETWORKS}
+    distance = {name: min(abs(w.meta["num_params"] - n) for n in counts) for name, w in weights.items()}
     regnet = any("trunk_output" in key for key in state)
-    names = [name for name in sorted(TORCHVISION_NETWORKS, key=distance)[:12] if ("regnet" in name) == regnet]
-    names = [name for name in names if not name.startswith("vit_")]  # recognised before, by their keys
-    others = CIFAR_NETWORKS if min(counts) < 4e7 else WIDENED  # of at most 24 and at least 94 million
-    return list(dict.fromkeys([*names, *others]))
-
-
-@cache
-def backbone_shapes(arch, image_size):
-    """Name of a network's classifier, and {key: shape} of the state dict without it."""
-    with torch.device("cpu" if "regnet" in arch else "meta"):  # RegNets compute their widths with real tensors
-        network = build_backbone(arch, image_size)
-    return network.classifier_name, {key: value.shape for key, value in network.state_dict().items()}
-
-
-def infer_arch(path, state, arch=None):
-    """Name of the network that a state dict is nearest to, image size (32: a small stem), and the dict with its keys.
-
-    The classifier may be missing. Keys of CRD's released files become those of `CIFAR_NETWORKS`, in their order. Raises
-    UserError where no network is near; arch: the one to take in any case.
-    """
+    near = [name for name in sorted(distance, key=distance.get)[:12] if ("regnet" in name) == regnet]
+    size = 32 if "conv1.weight" in state and state["conv1.weight"].shape[-1] == 3 else 224
+    trials = [(name, size) for name in (*near, *WIDENED)] + [(name, 32) for name in CIFAR_NETWORKS]
+    if arch:
+        trials = [(arch, size), (arch, 32)]
     best = (-1,)
-    names = [arch] if arch else candidates(state)
-    stem = state.get("conv1.weight")
-    stem_size = 32 if stem is not None and stem.shape[-1] == 3 else 224
-    pairs = [(name, stem_size) for name in names if name in TORCHVISION_NETWORKS or name not in CIFAR_NETWORKS]
-    for name, image_size in pairs + [(name, 32) for name in names if name in CIFAR_NETWORKS]:
-        classifier, expected = backbone_shapes(name, image_size)
-        found, keys = state, [*expected, f"{classifier}.weight", f"{classifier}.bias"]
-        in_order = [value.shape for value in state.values()][: len(expected)] == list(expected.values())
-        if name in CIFAR_NETWORKS and in_order and len(state) <= len(keys):
-            found = dict(zip(keys, state.values(), strict=False))
-        shapes = {key: value.shape for key, value in found.items() if key.rpartition(".")[0] != classifier}
-        same = sum(shapes.get(key) == shape for key, shape in expected.items()) / max(len(expected), len(shapes))
-        best = max(best, (same, name, image_size, found), key=lambda match: match[0])
+    for name, image_size in trials:
+        with torch.device("cpu" if "regnet" in name else "meta"):  # RegNets compute their widths with real tensors
+            backbone = build_backbone(name, image_size)
+        expected, found = {key: value.shape for key, value in backbone.state_dict().items()}, state
+        classifier = [f"{backbone.classifier_name}.weight", f"{backbone.classifier_name}.bias"]
+        if name in CIFAR_NETWORKS and len(state) - len(expected) in (0, 2) and not expected.keys() <= state.keys():
+            found = dict(zip([*expected, *classifier], state.values(), strict=False))
+        shapes = {key: value.shape for key, value in found.items() if key not in classifier}
+        same = len(expected.items() & shapes.items()) / max(len(expected), len(shapes))
+        best = max(best, (same, name, backbone, found), key=lambda match: match[0])
         if same == 1:
             break
     if best[0] <= 0.5 and not arch:
@@ -1432,20 +1338,11 @@ def infer_arch(path, state, arch=None):
 
 
 def load_strict(module, state, what, assign=False):
-    """Load a state dict and raise UserError, naming keys, where one is missing, left over or of another shape.
-
-    With `assign` the module takes the tensors themselves, without a copy.
-    """
-    expected, found = ({key: value.shape for key, value in part.items()} for part in (module.state_dict(), state))
-    faults = {
-        "missing": expected.keys() - found.keys(),
-        "left over": found.keys() - expected.keys(),
-        "of another shape": {key for key in expected.keys() & found.keys() if expected[key] != found[key]},
-    }
-    if expected != found:
-        some = "; ".join(f"{fault}: {', '.join(sorted(keys)[:3])}" for fault, keys in faults.items() if keys)
-        raise UserError(f"{what} does not fit; for example {some}")
-    module.load_state_dict(state, assign=assign)
+    """Load a state dict, with `assign` without a copy; raises UserError, naming keys, where it does not fit."""
+    try:
+        module.load_state_dict(state, assign=assign)
+    except RuntimeError as error:
+        raise UserError(f"{what} does not fit: {textwrap.shorten(str(error), 400)}") from None
 
 
 # ----------------------------------------------------------------------------------------------------------- Evaluation
