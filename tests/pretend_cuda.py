@@ -63,8 +63,9 @@ class PretendCuda(TorchFunctionMode):
             func, args, kwargs = torch.Tensor.to, (x, dtype or x.dtype), {"copy": moves, "memory_format": memory_format}
             kwargs = {key: value for key, value in kwargs.items() if value is not None}
         elif kwargs.get("device") is not None:
-            waits = torch.device(kwargs["device"]).type == "cuda" and not cuda and name in ("tensor", "as_tensor")
-            cuda, kwargs["device"] = torch.device(kwargs["device"]).type == "cuda", "cpu"
+            target = torch.device(kwargs["device"]).type
+            waits = target == "cuda" and not cuda and name in ("tensor", "as_tensor")
+            cuda, kwargs["device"] = target == "cuda", "meta" if target == "meta" else "cpu"
         elif name == "new_tensor":
             waits = cuda
         elif name in ("__getitem__", "__setitem__") and cuda:
