@@ -946,9 +946,9 @@ def widened_resnet50(times):
 
 TORCHVISION_NETWORKS = torchvision.models.list_models(module=torchvision.models)  # the classification networks
 WIDENED = {f"resnet50w{times}": partial(widened_resnet50, times) for times in (2, 4, 5)}
-LARGE_NETWORKS = {**{name: partial(torchvision.models.get_model, name) for name in TORCHVISION_NETWORKS}, **WIDENED}
-for name in ("googlenet", "inception_v3"):
-    LARGE_NETWORKS[name] = partial(LARGE_NETWORKS[name], aux_logits=False, init_weights=False)
+LARGE_NETWORKS = {name: partial(torchvision.models.get_model, name) for name in TORCHVISION_NETWORKS} | WIDENED
+LARGE_NETWORKS |= {name: partial(torchvision.models.get_model, name, aux_logits=False, init_weights=False)
+                   for name in ("googlenet", "inception_v3")}  # fmt: skip
 NETWORK_NAMES = list({**CIFAR_NETWORKS, **LARGE_NETWORKS})
 
 
