@@ -277,7 +277,7 @@ def common_parser(script, docstring, *, epochs, batch_size, lr, weight_decay):
         "%(default)s: 8, but no more than this machine's cores)")  # fmt: skip
     add("--out", default=f"runs/{script}", help="the run's folder (default %(default)s)")
     add("--checkpoint-minutes", type=positive_float, default=10.0, help="save so often, besides at an epoch's end and "
-        "when told to stop (default %(default)s)")  # fmt: skip
+        "on a signal (default %(default)s)")  # fmt: skip
     add("--max-bad-images", type=number(int, 0), default=100, help="more unreadable images end the run; up to so "
         "many are named and others take their places (default %(default)s)")  # fmt: skip
     add("--amp", choices=list(AMP), default="off", help="mixed precision (default %(default)s, as in the papers)")
