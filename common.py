@@ -1314,7 +1314,9 @@ def infer_arch(path, state, arch=None):
     regnet = any("trunk_output" in key for key in state)
     near = [name for name in sorted(distance, key=distance.get)[:12] if ("regnet" in name) == regnet]
     size = 32 if "conv1.weight" in state and state["conv1.weight"].shape[-1] == 3 else 224
-    trials = [(name, size) for name in (*near, *WIDENED)] + [(name, 32) for name in CIFAR_NETWORKS]
+    trials = [(name, size) for name in near]
+    small = min(counts) < 4e7  # CIFAR's networks have at most 24 million parameters, the widened ones at least 94
+    trials += [(name, 32) for name in CIFAR_NETWORKS] if small else [(name, size) for name in WIDENED]
     if arch:
         trials = [(arch, size), (arch, 32)]
     best = (-1,)
