@@ -510,36 +510,37 @@ def load_small_set(name, root, split):
     return images, found.labels if name == "stl10" else found.targets, 100 if name == "cifar100" else 10
 
 
-SHAPES = {  # signed distance of points (u, v), in units of the shape's radius, to its edge; negative inside
-    "disc": lambda u, v: np.hypot(u, v) - 1,
-    "cross": lambda u, v: np.minimum(np.maximum(abs(u) - 1, abs(v) - 0.45), np.maximum(abs(u) - 0.45, abs(v) - 1)),
-}
-TEXTURES = {  # a pattern over points (u, v), of period 2 pi; one ink where positive, another where negative
+TEXTURES = {  # patterns over points (u, v), mostly of period 2 pi; one ink where positive, another where negative
     "stripes": lambda u, v: np.sin(u),
+    "double stripes": lambda u, v: np.sin(u) + np.sin(2 * u),
     "checks": lambda u, v: 1.5 * np.sin(u) * np.sin(v),
     "dots": lambda u, v: np.cos(u) + np.cos(v) - 0.7,
-    "waves": lambda u, v: np.sin(u + 1.5 * np.sin(v)),
     "mesh": lambda u, v: np.maximum(np.cos(u), np.cos(v)) - 0.6,
+    "squares": lambda u, v: np.minimum(np.sin(u), np.sin(v) + 0.5),
+    "waves": lambda u, v: np.sin(u + 1.5 * np.sin(v)),
+    "rings": lambda u, v: np.sin(np.hypot(u, v)),
+    "bricks": lambda u, v: np.maximum(np.cos(v), np.cos(u / 2 + np.pi / 2 * (np.floor(v / 2 / np.pi) % 2)) ** 8) - 0.5,
+    "honeycomb": lambda u, v: np.cos(u) + np.cos(u / 2 + 0.75**0.5 * v) + np.cos(u / 2 - 0.75**0.5 * v) + 0.4,
 }
 
 
 def draw_shapes(count, size, seed):
     """Draw the built-in set: uint8 images (count, 3, size, size) and labels (count,) in ten classes of equal size.
 
-    A class is a shape with a texture. Position, angle, scale, the texture's phase and period, background and noise
+    A class is the texture of a disc. Position, angle, scale, the texture's phase and period, background and noise
     vary. Colours are one palette with small changes: with free colours, a contrastive loss would tell images apart by
     colour and learn nothing else.
     """
     images = np.empty((count, 3, size, size), dtype=np.uint8)
-    labels = np.arange(count) % (len(SHAPES) * len(TEXTURES))
+    labels = np.arange(count) % len(TEXTURES)
     rng = np.random.default_rng([seed, 2104])
     rng.shuffle(labels)
     palette = np.array([[0.85, 0.65, 0.35], [0.25, 0.35, 0.60], [0.50, 0.50, 0.45], [0.40, 0.45, 0.55]])
     grid = ((np.arange(size) + 0.5) / size - 0.5).astype(np.float32)
     for start in range(0, count, 1000):  # a thousand images at a time, to keep memory small
-        shape, texture = np.divmod(labels[start : start + 1000], len(TEXTURES))
+        texture = labels[start : start + 1000]
 
-        def vary(low, high, channels=1, count=shape.size):
+        def vary(low, high, channels=1, count=texture.size):
             return rng.uniform(low, high, (count, channels, 1, 1)).astype(np.float32)
 
         x, y = grid - vary(-0.1, 0.1), grid[:, None] - vary(-0.1, 0.1)
@@ -547,12 +548,10 @@ def draw_shapes(count, size, seed):
         u = (np.cos(angle) * x + np.sin(angle) * y) / radius
         v = (np.cos(angle) * y - np.sin(angle) * x) / radius
         pattern_u, pattern_v = frequency * u + vary(-np.pi, np.pi), frequency * v + vary(-np.pi, np.pi)
-        distance, pattern = np.empty_like(u), np.empty_like(u)
-        for i, edge in enumerate(SHAPES.values()):
-            distance[shape == i] = edge(u[shape == i], v[shape == i])
+        pattern = np.empty_like(u)
         for i, wave in enumerate(TEXTURES.values()):
             pattern[texture == i] = wave(pattern_u[texture == i], pattern_v[texture == i])
-        inside = np.clip(0.5 - distance * radius * size, 0, 1)  # edges one pixel soft
+        inside = np.clip(0.5 - (np.hypot(u, v) - 1) * radius * size, 0, 1)  # edges one pixel soft
         ink = np.clip(0.5 + 2 * pattern, 0, 1)
         shade = np.clip(0.5 + vary(-0.3, 0.3) * grid + vary(-0.3, 0.3) * grid[:, None], 0, 1)
         light, dark, ground1, ground2 = (color[:, None, None] + vary(-0.05, 0.05, 3) for color in palette)
