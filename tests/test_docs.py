@@ -1,13 +1,16 @@
-"""README and docs: Python blocks run, command lines parse, links lead somewhere."""
+"""README and docs: Python blocks run, command lines parse, links lead somewhere, figures are those of docs/results."""
 
 import argparse
 import functools
 import importlib
+import json
 import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
+import figures
 import pytest
 import torch
 from conftest import ROOT
@@ -16,7 +19,7 @@ from torch.distributed.run import get_args_parser
 import common
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-PROGRAMS = [*ROOT.glob("*.py"), ROOT / "tests" / "faults.py"]
+PROGRAMS = [*ROOT.glob("*.py"), ROOT / "tests" / "faults.py", ROOT / "docs" / "figures.py"]
 FLAGS = {flag for file in PROGRAMS for flag in re.findall(r'"(--[\w-]+)"', file.read_text())}
 # Programs print their command line, so that nothing runs.
 SHELL = r"""
@@ -61,7 +64,7 @@ def test_command_lines_parse(page, monkeypatch):
         if words[0] != "python" or words[1] == "-m":
             continue
         monkeypatch.setattr(sys, "argv", words[1:])
-        args = vars(importlib.import_module(words[1].removesuffix(".py")).parse_args())
+        args = vars(importlib.import_module(Path(words[1]).stem).parse_args())
         networks = {args.get(name) for name in ("arch", "student", "teacher_arch", "train_teacher")}
         assert networks - {None} <= set(common.NETWORK_NAMES), words
 
@@ -115,3 +118,24 @@ def test_numbers_of_parameters():
         with torch.device("meta"):
             parameters = sum(p.numel() for p in common.build_backbone(arch).parameters())
         assert f"{parameters:,}" == count
+
+
+@each_page
+def test_tables_are_those_of_the_results(page):
+    assert page.read_text() == figures.fill(page.read_text()), "run python docs/figures.py tables --write"
+
+
+def test_every_result_is_in_a_table():
+    for path in (ROOT / "docs" / "results").glob("*.json"):
+        names = [name for name, (experiment, *_) in figures.TABLES.items() if experiment == path.stem]
+        shown = {row for name in names for row in figures.TABLES[name][2]}
+        assert not json.loads(path.read_text())["rows"].keys() - shown, f"{path.name}: add a row to docs/figures.py"
+        for name in names:
+            assert any(f"<!-- table: {name} from" in page.read_text() for page in PAGES), f"no page shows {name}"
+
+
+@pytest.mark.parametrize("picture", figures.PICTURES)
+def test_pictures_are_those_of_the_results(picture):
+    sources = [ROOT / "docs" / "results" / name for name in figures.PICTURES[picture]]
+    drawn = (ROOT / "docs" / picture).read_bytes() if any(source.exists() for source in sources) else b""
+    assert not drawn or b"Source\0" + figures.digest(sources).encode() in drawn, "run python docs/figures.py"

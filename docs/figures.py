@@ -1,0 +1,297 @@
+"""Collect the results of runs, print them as tables, draw the README's pictures.
+
+    python docs/figures.py collect runs/quickstart  # writes docs/results/quickstart.json
+    python docs/figures.py tables --write           # updates the tables in README.md and docs/*.md
+    python docs/figures.py                          # draws docs/accuracy.png and docs/neighbors.png
+
+An experiment is a folder with a folder for each seed, NAME/SEED/. It holds a run folder for each network, and what
+linear_eval.py wrote about them in NAME/SEED/eval. Runs of sskd.py need no eval: they log their accuracy.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import re
+from pathlib import Path
+
+DOCS = Path(__file__).parent
+
+# {table: (experiment, columns, {row: its label})}. A row is a run folder, or `random`, or a .pt2 program.
+# "gap COLUMN" is the share of the gap between MoCo v2 alone and the teacher that a distilled student closes.
+KNN, GAP = ["10-NN", "20-NN"], ["gap 20-NN", "gap linear"]
+METHODS = {"teacher": "teacher", "disco": "DisCo", "seed": "SEED", "moco_v2": "MoCo v2 alone",
+           "random": "random weights", "pixels": "raw pixels"}  # fmt: skip
+TABLES = {
+    "quickstart": ("quickstart", ["parameters", *KNN, "linear", *GAP], METHODS),
+    "quickstart_baseline": ("quickstart", ["epochs", "training lr", *KNN, "linear"], {
+        "moco_v2_lr0.03": "MoCo v2", "moco_v2": "MoCo v2", "moco_v2_lr0.3": "MoCo v2", "moco_v2_long": "MoCo v2",
+    }),
+    "fashion_mnist": ("fashion_mnist", ["parameters", "epochs", *KNN, "linear", *GAP], METHODS),
+    "disco_ablations": ("ablations", [*KNN, "linear"], {
+        "disco_hidden64": "hidden layer of 64", "disco_hidden128": "hidden layer of 128",
+        "disco_hidden512": "hidden layer of 512", "disco": "hidden layer of 2048",
+        "disco_distill": "distillation alone", "disco_batch": "teacher's BatchNorm with batch statistics",
+    }),
+    "seed_ablations": ("ablations", [*KNN, "linear"], {
+        "seed": "SEED, T = 0.01", "seed_t0.04": "T = 0.04", "seed_t0.07": "T = 0.07", "seed_t0.2": "T = 0.2",
+        "seed_queue256": "queue of 256", "seed_queue4096": "queue of 4096",
+        "seed_l2": "L2", "seed_contrastive": "contrastive",
+    }),
+    "two_teachers": ("two_teachers", ["parameters", *KNN, "linear"], {
+        "teacher_small": "small teacher", "teacher_large": "large teacher",
+        "disco_small": "DisCo, small teacher", "disco_large": "DisCo, large teacher",
+        "seed_small": "SEED, small teacher", "seed_large": "SEED, large teacher",
+    }),
+    "sskd": ("sskd", ["top1"], {
+        "teacher": "teacher", "ce": "CE, all labels", "kd": "KD, all labels", "sskd": "SSKD, all labels",
+        "ce_few": "CE, 5 % of the labels", "kd_few": "KD, 5 % of the labels", "sskd_few": "SSKD, 5 % of the labels",
+        "ce_noise": "CE, 30 % noise", "kd_noise": "KD, 30 % noise", "sskd_noise": "SSKD, 30 % noise",
+    }),
+    "sskd_transfer": ("sskd", ["linear"], {"ce": "CE", "kd": "KD", "sskd": "SSKD"}),
+}  # fmt: skip
+HEADERS = {"gap 20-NN": "gap closed, 20-NN", "gap linear": "gap closed, linear", "training lr": "learning rate",
+           "at lr": "best rate", "top1": "top-1"}  # fmt: skip
+SETTINGS = ("parameters", "epochs", "training lr", "at lr")
+# Figures in sentences, over all seeds: (min or max, table, rows, columns), rounded down or up to a whole number
+VALUES = {name: (min, name, ["disco", "seed"], GAP) for name in ("quickstart", "fashion_mnist")}
+# The pictures show the quick start: colour and style of its curves, and the networks whose neighbours are shown
+CURVES = {"teacher": ("black", "-"), "disco": ("#0072b2", "-"), "seed": ("#d55e00", "-"), "moco_v2": ("#777777", "--")}
+NEIGHBORS = ("moco_v2", "disco")
+PICTURES = {"accuracy.png": ["quickstart.json"], "neighbors.png": [f"neighbors_{name}.png" for name in NEIGHBORS]}
+
+# ---------------------------------------------------------------------------------------------------------- Collecting
+
+
+class Unfinished(Exception):
+    """The runs of a seed or their evaluation are not complete."""
+
+
+def collect(folder):
+    """Write results/NAME.json: for each row and column a list of values, one a seed, null where a seed has none.
+
+    Unfinished seeds are left out, with a message.
+    """
+    seeds = {}
+    for path in sorted((path for path in folder.iterdir() if path.name.isdigit()), key=lambda path: int(path.name)):
+        try:
+            seeds[int(path.name)] = read_seed(path)
+        except Unfinished as error:
+            print(f"{path} is left out: {error}")
+    if not seeds:
+        raise SystemExit(f"{folder} has no finished seed")
+    data = {"seeds": list(seeds), "torch": sorted({version for *_, found in seeds.values() for version in found})}
+    for number, part in enumerate(("rows", "curves")):
+        found, data[part] = [seed[number] for seed in seeds.values()], {}
+        for name in dict.fromkeys(name for rows in found for name in rows):
+            keys = dict.fromkeys(key for rows in found for key in rows.get(name, {}))
+            data[part][name] = {key: [rows.get(name, {}).get(key) for rows in found] for key in keys}
+    (DOCS / "results").mkdir(exist_ok=True)
+    lists = r"\[[^][{}]*\]"  # in one line each
+    text = re.sub(lists, lambda found: json.dumps(json.loads(found[0])), json.dumps(data, indent=2))
+    (DOCS / "results" / f"{folder.name}.json").write_text(text + "\n")
+    if folder.name == "quickstart":
+        for name in NEIGHBORS:
+            keep_neighbors(folder / str(min(seeds)) / "eval", name)
+
+
+def read_seed(folder):
+    """Results of one seed: {row: {column: value}}, curves {row: {epoch: 20-NN}}, PyTorch's versions {version}.
+
+    Raises Unfinished.
+    """
+    rows, curves, versions = {}, {}, set()
+    for path in sorted(folder.glob("*/config.json")):
+        run, config = path.parent, json.loads(path.read_text())
+        versions.add(config["versions"]["torch"])
+        if config["script"] == "linear_eval":
+            continue
+        if not (run / "backbone.pth").exists():
+            raise Unfinished(f"{run.name} has no backbone.pth yet")
+        row = rows[run.name] = {"epochs": config["arguments"]["epochs"], "training lr": config["arguments"]["lr"]}
+        for line in map(json.loads, (run / "log.jsonl").read_text().splitlines()):
+            if "knn" in line:
+                curves.setdefault(run.name, {})[line["epoch"]] = round(line["knn"], 2)
+            row |= {key: round(line[key], 2) for key in ("top1", "teacher_top1") if key in line}
+    if (folder / "eval" / "config.json").exists():
+        for name, values in read_eval(folder / "eval").items():
+            rows[name] = {**rows.get(name, {}), **values}
+    elif not any("top1" in row for row in rows.values()):
+        raise Unfinished("it has no eval")
+    return rows, curves, versions
+
+
+def weights_of(folder):
+    """{row: --weights} of a folder of linear_eval.py, in its order: run folder, program's name, or `random`."""
+    weights = map(Path, json.loads((folder / "config.json").read_text())["arguments"]["weights"])
+    pairs = [(path.parent.name if path.suffix == ".pth" else path.stem, str(path)) for path in weights]
+    if len(dict(pairs)) < len(pairs):
+        raise SystemExit(f"{folder}: two networks have the same name")
+    return dict(pairs)
+
+
+def read_eval(folder):
+    """Results {row: {column: value}} in a folder of linear_eval.py. Raises Unfinished."""
+    rows, path = {}, folder / "eval.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    results = {str(Path(name)): result for name, result in results.items()}
+    for name, weights in weights_of(folder).items():
+        if weights not in results:
+            raise Unfinished(f"eval.json lacks {weights}")
+        knn, linear = results[weights]["knn"], results[weights]["linear"]
+        accuracies = {"10-NN": knn["10"], "20-NN": knn["20"], "linear": linear["top1"]}
+        rows[name] = {key: round(value, 2) for key, value in accuracies.items()}
+        rows[name] |= {"at lr": linear["lr"], "parameters": results[weights]["parameters"]}
+        rates = [float(lr) for lr in linear["top1_by_lr"]]
+        if linear["lr"] in (min(rates), max(rates)):
+            print(f"{folder}: the best learning rate of {name}, {linear['lr']:g}, is at the edge of those probed")
+    return rows
+
+
+def keep_neighbors(folder, name, queries=5, neighbours=8):
+    """Save the first rows and columns of a network's neighbours picture in results/."""
+    from PIL import Image
+
+    number = list(weights_of(folder)).index(name) + 1
+    with Image.open(folder / f"neighbors{number if number > 1 else ''}.png") as picture:
+        tile = (picture.width - 2) // 11  # the query, 10 neighbours, 2 pixels before each and after the last
+        part = picture.crop((0, 0, tile * (1 + neighbours) + 2, min(tile * queries + 2, picture.height)))
+        part.save(DOCS / "results" / f"neighbors_{name}.png", optimize=True)
+
+
+# -------------------------------------------------------------------------------------------------------------- Tables
+
+
+def load(experiment):
+    """Content of results/EXPERIMENT.json; None without the file."""
+    path = DOCS / "results" / f"{experiment}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def cell_values(data, row, column):
+    """Values of a cell, of each seed that has one. For "gap COLUMN" in percent: 0 is MoCo v2 alone, 100 the teacher."""
+    key = column.removeprefix("gap ")
+    names = [row] if key == column else [row, "moco_v2", "teacher"]
+    if len(names) == 3 and not row.startswith(("disco", "seed")):
+        return []
+    for name in names:
+        if key not in data["rows"].get(name, {}):
+            raise SystemExit(f"docs/results has no {key} of {name}: correct TABLES in docs/figures.py, or collect it")
+    seeds = [values for values in zip(*(data["rows"][name][key] for name in names), strict=True) if None not in values]
+    return [x[0] if key == column else 100 * (x[0] - x[1]) / (x[2] - x[1]) for x in seeds]
+
+
+def cell(column, values):
+    """Text of a cell: the mean with the range over the seeds; of a setting each of its values."""
+    if column in SETTINGS or not values:
+        return ", ".join(f"{value:,}" for value in sorted(set(values)))
+    mean = f"{sum(values) / len(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.1f} to {max(values):.1f})"
+
+
+def table_text(name):
+    """A table in Markdown."""
+    experiment, columns, rows = TABLES[name]
+    data = load(experiment)
+    if not data:
+        return "No results yet.\n"
+    lines = [["network", *(HEADERS.get(column, column) for column in columns)], ["---"] * (1 + len(columns))]
+    for row, label in rows.items():
+        values = [cell_values(data, row, column) for column in columns]
+        count, seeds = min(len(found) for found in values if found), len(data["seeds"])
+        label += f" ({count} of {seeds} seeds)" if count < seeds else ""
+        lines.append([label, *map(cell, columns, values)])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def value_text(name):
+    """A figure of VALUES."""
+    pick, table, rows, columns = VALUES[name]
+    data = load(TABLES[table][0])
+    if not data:
+        return "?"
+    value = pick(value for row in rows for column in columns for value in cell_values(data, row, column))
+    return str(math.floor(value) if pick is min else math.ceil(value))
+
+
+def fill(text):
+    """The text of a page with its tables and figures from the files in results/.
+
+    A table follows the line `<!-- table: NAME -->`. That line gets the digest of the table's file, so that a test sees
+    any change of the file. A figure in a sentence follows `<!-- value: NAME -->`.
+    """
+
+    def table(found):
+        path = DOCS / "results" / f"{TABLES[found[1]][0]}.json"
+        source = f" from {path.name} {digest([path])}" if path.exists() else ""
+        return f"<!-- table: {found[1]}{source} -->\n{table_text(found[1])}"
+
+    text = re.sub(r"^<!-- table: (\w+).* -->\n(?:\S.*\n)*", table, text, flags=re.MULTILINE)
+    return re.sub(r"(<!-- value: (\w+) -->)[-\d?]*", lambda found: found[1] + value_text(found[2]), text)
+
+
+def digest(paths):
+    """The first eight hexadecimal digits of the SHA-256 of the files."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:8]
+
+
+# ------------------------------------------------------------------------------------------------------------ Pictures
+
+
+def draw():
+    """Write accuracy.png and neighbors.png, each with the digest of its sources in its metadata."""
+    from matplotlib.figure import Figure
+    from matplotlib.image import imread
+
+    def save(figure, name, dpi):
+        source = digest([DOCS / "results" / file for file in PICTURES[name]])
+        figure.savefig(DOCS / name, dpi=dpi, metadata={"Source": source})
+
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    curves = {name: load("quickstart")["curves"][name] for name in CURVES}
+    for name in sorted(CURVES, key=lambda name: max(map(max, curves[name].values())), reverse=True):
+        epochs, seeds = [int(epoch) for epoch in curves[name]], list(curves[name].values())
+        color, style = CURVES[name]
+        axes.plot(epochs, [sum(row) / len(row) for row in seeds], style, color=color, label=METHODS[name], linewidth=2)
+        axes.fill_between(epochs, list(map(min, seeds)), list(map(max, seeds)), color=color, alpha=0.2, linewidth=0)
+    axes.set(xlabel="epochs of training", ylabel="20-NN accuracy in %", ylim=(0, 100), xlim=(0, None))
+    axes.grid(color="#dddddd")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right center", frameon=False)
+    save(figure, "accuracy.png", dpi=150)
+
+    figure = Figure(figsize=(10, 3.3), layout="constrained")
+    figure.supxlabel("an image, then its nearest training images; blue: same class, red: another", size=10)
+    for axes, name in zip(figure.subplots(1, 2), NEIGHBORS, strict=True):
+        axes.imshow(imread(DOCS / "results" / f"neighbors_{name}.png"), interpolation="nearest")
+        axes.set_title(METHODS[name], size=12)
+        axes.set_axis_off()
+    save(figure, "neighbors.png", dpi=100)
+
+
+def main():
+    args = parse_args()
+    if args.command == "collect":
+        for folder in args.folders:
+            collect(folder)
+    elif args.command == "tables" and args.write:
+        for page in (DOCS.parent / "README.md", *DOCS.glob("*.md")):
+            page.write_text(fill(page.read_text()))
+    elif args.command == "tables":
+        for name in TABLES:
+            print(f"{name}\n\n{table_text(name)}")
+    else:
+        draw()
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command")
+    commands.add_parser("collect").add_argument("folders", nargs="+", type=Path, metavar="RUNS/NAME")
+    commands.add_parser("tables").add_argument("--write", action="store_true", help="update README.md and docs/*.md")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
