@@ -184,7 +184,7 @@ def cell_values(data, row, column):
 def cell(column, values):
     """Text of a cell: the mean with the range over the seeds; of a setting each of its values."""
     if column in SETTINGS or not values:
-        return ", ".join(f"{value:,}" for value in sorted(set(values)))
+        return ", ".join(f"{value:,}".removesuffix(".0") for value in sorted(set(values)))
     mean = f"{sum(values) / len(values):.1f}"
     return mean if len(values) == 1 else f"{mean} ({min(values):.1f} to {max(values):.1f})"
 
@@ -227,7 +227,7 @@ def fill(text):
         return f"<!-- table: {found[1]}{source} -->\n{table_text(found[1])}"
 
     text = re.sub(r"^<!-- table: (\w+).* -->\n(?:\S.*\n)*", table, text, flags=re.MULTILINE)
-    return re.sub(r"(<!-- value: (\w+) -->)[-\d?]*", lambda found: found[1] + value_text(found[2]), text)
+    return re.sub(r"(<!-- value: (\w+) -->)([-\d?]+(\.\d+)?)?", lambda found: found[1] + value_text(found[2]), text)
 
 
 def digest(paths):

@@ -113,18 +113,19 @@ def test_sskd_without_evaluation(tmp_path, docs):
 
 def test_table_and_share_of_the_gap(results, monkeypatch):
     rows = {"teacher": "teacher", "disco": "DisCo", "seed": "SEED"}
-    monkeypatch.setitem(figures.TABLES, "example", ("quickstart", ["parameters", "20-NN", "gap linear"], rows))
+    monkeypatch.setitem(figures.TABLES, "example", ("quickstart", ["parameters", "at lr", "20-NN", "gap linear"], rows))
     assert figures.table_text("example") == (
-        "| network | parameters | 20-NN | gap closed, linear |\n"
-        "| --- | --- | --- | --- |\n"
-        "| teacher | 77,392 | 85.0 (80.0 to 90.0) |  |\n"
-        "| DisCo | 77,392 | 60.0 (50.0 to 70.0) | 62.5 (50.0 to 75.0) |\n"
-        "| SEED | 77,392 | 57.6 (50.1 to 65.0) | 62.6 (50.2 to 75.0) |\n"
+        "| network | parameters | best rate | 20-NN | gap closed, linear |\n"
+        "| --- | --- | --- | --- | --- |\n"
+        "| teacher | 77,392 | 0.3 | 85.0 (80.0 to 90.0) |  |\n"
+        "| DisCo | 77,392 | 0.3 | 60.0 (50.0 to 70.0) | 62.5 (50.0 to 75.0) |\n"
+        "| SEED | 77,392 | 0.3 | 57.6 (50.1 to 65.0) | 62.6 (50.2 to 75.0) |\n"
     )
     monkeypatch.setitem(figures.VALUES, "example", (min, "example", ["disco", "seed"], ["gap linear"]))
     monkeypatch.setitem(figures.VALUES, "most", (max, "example", ["seed"], ["20-NN"]))
     text = "At least <!-- value: example -->99 % and\nat most <!-- value: most -->? %, not 7.\n"
     assert figures.fill(text) == text.replace("99", "50").replace("?", "65")
+    assert figures.fill("<!-- value: example -->50.1.\n") == "<!-- value: example -->50.\n"
 
 
 def test_a_seed_without_a_value_is_left_out_and_said(results, docs, monkeypatch):
