@@ -527,9 +527,9 @@ TEXTURES = {  # patterns over points (u, v), mostly of period 2 pi; one ink wher
 def draw_shapes(count, size, seed):
     """Draw the built-in set: uint8 images (count, 3, size, size) and labels (count,) in ten classes of equal size.
 
-    A class is the texture of a disc. Position, angle, scale, the texture's phase and period, background and noise
-    vary. Colours are one palette with small changes: with free colours, a contrastive loss would tell images apart by
-    colour and learn nothing else.
+    A class is the texture of a disc. Position, angle, scale, the texture's phase and period, which of two inks is the
+    lighter one, background and noise vary. Colours are one palette with small changes: with free colours, a contrastive
+    loss would tell images apart by colour and learn nothing else.
     """
     images = np.empty((count, 3, size, size), dtype=np.uint8)
     labels = np.arange(count) % len(TEXTURES)
@@ -543,8 +543,8 @@ def draw_shapes(count, size, seed):
         def vary(low, high, channels=1, count=texture.size):
             return rng.uniform(low, high, (count, channels, 1, 1)).astype(np.float32)
 
-        x, y = grid - vary(-0.1, 0.1), grid[:, None] - vary(-0.1, 0.1)
-        angle, radius, frequency = vary(0, 2 * np.pi), vary(0.36, 0.48), vary(6, 10)
+        x, y = grid - vary(-0.2, 0.2), grid[:, None] - vary(-0.2, 0.2)
+        angle, radius, frequency = vary(0, 2 * np.pi), vary(0.33, 0.48), vary(7, 11)
         u = (np.cos(angle) * x + np.sin(angle) * y) / radius
         v = (np.cos(angle) * y - np.sin(angle) * x) / radius
         pattern_u, pattern_v = frequency * u + vary(-np.pi, np.pi), frequency * v + vary(-np.pi, np.pi)
@@ -552,7 +552,7 @@ def draw_shapes(count, size, seed):
         for i, wave in enumerate(TEXTURES.values()):
             pattern[texture == i] = wave(pattern_u[texture == i], pattern_v[texture == i])
         inside = np.clip(0.5 - (np.hypot(u, v) - 1) * radius * size, 0, 1)  # edges one pixel soft
-        ink = np.clip(0.5 + 2 * pattern, 0, 1)
+        ink = np.clip(0.5 + 2 * pattern * np.sign(vary(-1, 1)), 0, 1)
         shade = np.clip(0.5 + vary(-0.3, 0.3) * grid + vary(-0.3, 0.3) * grid[:, None], 0, 1)
         light, dark, ground1, ground2 = (color[:, None, None] + vary(-0.05, 0.05, 3) for color in palette)
         image = inside * (ink * light + (1 - ink) * dark) + (1 - inside) * (shade * ground1 + (1 - shade) * ground2)
