@@ -15,8 +15,9 @@
                  ImageNet's size with 2048 dimensions on two processes: about 6 GiB each, and an hour.
     Transformer  the forward pass of a frozen ViT-S/14 from a file of DINOv2's layout, at 224 pixels, over torchvision's
                  own VisionTransformer of the same size.
-    LightlyTrain images a second of whole seed.py runs, frozen ViT-S/14 to ResNet-18 at 224 pixels, against its method
-                 distillationv1 (pip install lightly-train), a step of each in turn; same files, batch and queue.
+    LightlyTrain a whole step of seed.py with its input, frozen ViT-S/14 to ResNet-18 at 224 pixels, images a second of
+                 one core's time, against LightlyTrain's method distillationv1 (pip install lightly-train): a step of
+                 each in turn, with the same files, batch and queue.
     Saving       the pause of a checkpoint of MoCo v2 with ResNet-50 and a queue of 65536, and what it adds to a run.
     Tracking     what counting a step costs: the log, the question whether to save or to stop.
 
@@ -431,15 +432,20 @@ def transformer(folder, size=224, batch_size=4):
 
 
 def train_in_turns(rank, turns, results, folder, batch_size, queue_size, steps):
-    """Train with seed.py (rank 0) or LightlyTrain (rank 1); each waits while the other takes a step."""
-    seconds, start = [], time.perf_counter()
+    """Train with seed.py (rank 0) or LightlyTrain (rank 1); each waits while the other takes a step.
+
+    Puts (rank, CPU seconds of each step, data included) in `results`: other programs of a shared machine stretch the
+    wall-clock time of a step far more.
+    """
+    torch.set_num_threads(1)
+    seconds, start = [], time.process_time()
 
     def hand_over(*_):
         nonlocal start
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
         turns[1 - rank].release()
         turns[rank].acquire()
-        start = time.perf_counter()
+        start = time.process_time()
 
     register_optimizer_step_post_hook(hand_over)
     sys.stdout = sys.stderr = open(os.devnull, "w")
@@ -463,7 +469,7 @@ def train_in_turns(rank, turns, results, folder, batch_size, queue_size, steps):
 
 
 def against_lightly(batch_size=16, queue_size=8192, steps=12):
-    """Print images a second of both programs, without their first two steps."""
+    """Print images a second of one core's time for both programs, without their first two steps."""
     if importlib.util.find_spec("lightly_train") is None:
         return print("LightlyTrain is not installed: pip install lightly-train")
     context = torch.multiprocessing.get_context("spawn")
@@ -476,7 +482,7 @@ def against_lightly(batch_size=16, queue_size=8192, steps=12):
         options = turns, results, folder, batch_size, queue_size, steps
         torch.multiprocessing.spawn(train_in_turns, options, nprocs=2)
     ours, theirs = np.array([seconds[2:] for _, seconds in sorted(results.get() for _ in range(2))])
-    print(f"seed.py, ViT-S/14 to ResNet-18, 224 pixels, batch {batch_size}, queue {queue_size}: "
+    print(f"seed.py, ViT-S/14 to ResNet-18, 224 pixels, batch {batch_size}, queue {queue_size}, one core: "
           f"{batch_size / np.median(ours):.2f} images/s, LightlyTrain {batch_size / np.median(theirs):.2f}, "
           f"{np.median(theirs / ours):.2f} times as fast")  # fmt: skip
 
