@@ -15,6 +15,9 @@
                  ImageNet's size with 2048 dimensions on two processes: about 6 GiB each, and an hour.
     Transformer  the forward pass of a frozen ViT-S/14 from a file of DINOv2's layout, at 224 pixels, over torchvision's
                  own VisionTransformer of the same size.
+    LightlyTrain a whole step of seed.py with its input, frozen ViT-S/14 to ResNet-18 at 224 pixels, images a second of
+                 one core's time, against LightlyTrain's method distillationv1 (pip install lightly-train): a step of
+                 each in turn, with the same files, batch and queue.
     Saving       the pause of a checkpoint of MoCo v2 with ResNet-50 and a queue of 65536, and what it adds to a run.
     Tracking     what counting a step costs: the log, the question whether to save or to stop.
 
@@ -22,6 +25,7 @@ Each pair runs in turn, so that a change of the machine's speed meets both; the 
 """
 
 import argparse
+import importlib.util
 import os
 import random
 import re
@@ -37,6 +41,7 @@ import numpy as np
 import torch
 import torchvision
 from PIL import Image, ImageFilter
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -45,6 +50,7 @@ import common
 from disco import DisCo
 from linear_eval import CachedBatches, FrozenBatches, Probe
 from moco_v2 import MoCo
+from seed import main as run_seed
 from seed import seed_loss
 from sskd import SSKD, rotate_and_crop
 
@@ -397,10 +403,8 @@ def evaluation(images=196_000, dim=1280, queries=1000, processes=(1, 2), steps=2
               f"{1e3 * training / steps:.0f} ms")  # fmt: skip
 
 
-def transformer(folder, size=224, batch_size=4):
-    """Print what LayerScale, registers and interpolated positions of a released file cost in the forward pass."""
-    theirs = torchvision.models.VisionTransformer(size, 14, 12, 6, 384, 1536).requires_grad_(False).eval()
-    theirs.heads = torch.nn.Identity()
+def dinov2_file(path, registers=0):
+    """Write random weights in the layout of a released DINOv2 ViT-S/14."""
     block = {"norm1.weight": [384], "norm1.bias": [384], "attn.qkv.weight": [1152, 384], "attn.qkv.bias": [1152],
              "attn.proj.weight": [384, 384], "attn.proj.bias": [384], "ls1.gamma": [384],
              "norm2.weight": [384], "norm2.bias": [384], "mlp.fc1.weight": [1536, 384], "mlp.fc1.bias": [1536],
@@ -409,15 +413,78 @@ def transformer(folder, size=224, batch_size=4):
     shapes |= {"cls_token": [1, 1, 384], "pos_embed": [1, 1 + 37**2, 384], "mask_token": [1, 384]}
     shapes |= {"patch_embed.proj.weight": [384, 3, 14, 14], "patch_embed.proj.bias": [384]}
     shapes |= {"norm.weight": [384], "norm.bias": [384]}
+    shapes |= {"register_tokens": [1, registers, 384]} if registers else {}
+    torch.save({key: 0.05 * torch.randn(shape) for key, shape in shapes.items()}, path)
+
+
+def transformer(folder, size=224, batch_size=4):
+    """Print what LayerScale, registers and interpolated positions of a released file cost in the forward pass."""
+    theirs = torchvision.models.VisionTransformer(size, 14, 12, 6, 384, 1536).requires_grad_(False).eval()
+    theirs.heads = torch.nn.Identity()
     images = torch.randn(batch_size, 3, size, size)
     for registers in (0, 4):
-        shapes |= {"register_tokens": [1, registers, 384]} if registers else {}
-        torch.save({key: 0.05 * torch.randn(shape) for key, shape in shapes.items()}, folder / "dinov2.pth")
+        dinov2_file(folder / "dinov2.pth", registers)
         ours = common.load_teacher(folder / "dinov2.pth", image_size=size)
         with torch.no_grad():
             one, other, ratio = pairs(lambda: ours(images), lambda: theirs(images))  # noqa: B023
         print(f"ViT-S/14 of a file, {registers} registers: {1e3 * one / batch_size:.0f} ms an image, torchvision's own "
               f"{1e3 * other / batch_size:.0f} ms, ratio {ratio:.3f}")  # fmt: skip
+
+
+def train_in_turns(rank, turns, results, folder, batch_size, queue_size, steps):
+    """Train with seed.py (rank 0) or LightlyTrain (rank 1); each waits while the other takes a step.
+
+    Puts (rank, CPU seconds of each step, data included) in `results`: other programs of a shared machine stretch the
+    wall-clock time of a step far more.
+    """
+    torch.set_num_threads(1)
+    seconds, start = [], time.process_time()
+
+    def hand_over(*_):
+        nonlocal start
+        seconds.append(time.process_time() - start)
+        turns[1 - rank].release()
+        turns[rank].acquire()
+        start = time.process_time()
+
+    register_optimizer_step_post_hook(hand_over)
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    turns[rank].acquire()
+    if rank == 0:
+        options = f"--data {folder} --teacher {folder}/dinov2_vits14_pretrain.pth --student resnet18 --workers 0"
+        options += f" --batch-size {batch_size} --queue-size {queue_size} --max-steps {steps} --out {folder}/seed"
+        sys.argv = ["seed.py", *options.split()]
+        run_seed()
+    else:
+        os.environ.update(LIGHTLY_TRAIN_MODEL_CACHE_DIR=folder, LIGHTLY_TRAIN_EVENTS_DISABLED="1")
+        import lightly_train
+
+        lightly_train.pretrain(
+            out=f"{folder}/lightly", data=f"{folder}/train", model="torchvision/resnet18", method="distillationv1",
+            method_args={"teacher": "dinov2/vits14-noreg", "queue_size": queue_size}, batch_size=batch_size, epochs=1,
+            num_workers=0, accelerator="cpu", devices=1, precision="32-true", trainer_args={"max_steps": steps},
+        )  # fmt: skip
+    turns[1 - rank].release()
+    results.put((rank, seconds))
+
+
+def against_lightly(batch_size=16, queue_size=8192, steps=12):
+    """Print images a second of one core's time for both programs, without their first two steps."""
+    if importlib.util.find_spec("lightly_train") is None:
+        return print("LightlyTrain is not installed: pip install lightly-train")
+    context = torch.multiprocessing.get_context("spawn")
+    turns, results = [context.Semaphore(1), context.Semaphore(0)], context.SimpleQueue()
+    with tempfile.TemporaryDirectory() as folder:
+        files = jpeg_folder(Path(folder))
+        for i in range(len(files), queue_size + batch_size):  # LightlyTrain wants more images than its queue holds
+            os.link(files.path(i % len(files)), f"{folder}/train/class/{i}.jpg")
+        dinov2_file(f"{folder}/dinov2_vits14_pretrain.pth")  # the name under which LightlyTrain looks for it
+        options = turns, results, folder, batch_size, queue_size, steps
+        torch.multiprocessing.spawn(train_in_turns, options, nprocs=2)
+    ours, theirs = np.array([seconds[2:] for _, seconds in sorted(results.get() for _ in range(2))])
+    print(f"seed.py, ViT-S/14 to ResNet-18, 224 pixels, batch {batch_size}, queue {queue_size}, one core: "
+          f"{batch_size / np.median(ours):.2f} images/s, LightlyTrain {batch_size / np.median(theirs):.2f}, "
+          f"{np.median(theirs / ours):.2f} times as fast")  # fmt: skip
 
 
 def saving(folder):
@@ -453,6 +520,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         saving(Path(folder))
         transformer(Path(folder))
+    against_lightly()
     with tempfile.TemporaryDirectory() as folder:
         files = jpeg_folder(Path(folder))
         paths = [files.path(i) for i in range(len(files))]
