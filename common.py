@@ -1067,7 +1067,6 @@ LAYOUTS = (
 )
 # Keys of vision transformers in the code of DINO, iBOT, MAE, MoCo v3, DINOv2 and timm, and torchvision's for the same
 TRANSFORMER_KEYS = (
-    (r"^(mask_token|masked_embed|decoder_.*)$", ""),  # left out
     (r"^cls_token$", "class_token"),
     (r"^pos_embed$", "encoder.pos_embedding"),
     (r"^patch_embed\.proj\.(weight|bias)$", r"conv_proj.\1"),
@@ -1085,10 +1084,7 @@ TRANSFORMER_KEYS = (
 
 
 def load_file(path, whole=False):
-    """Read a checkpoint onto the CPU, tensors and plain values only; raises UserError where that is not possible.
-
-    With `whole` all bytes are checked against the file's checksums before.
-    """
+    """Read tensors and plain values of a checkpoint onto the CPU, or raise UserError; whole: check all bytes before."""
     try:
         if whole and (changed := zipfile.ZipFile(path).testzip()):
             raise ValueError(f"wrong checksum of {changed}")
@@ -1119,10 +1115,7 @@ def load_teacher(path, arch=None, image_size=None, trust=False):
 
 
 def load_classifier(path, arch=None, num_classes=None):
-    """Read a labelled network, frozen and in eval mode; path and arch as in `load_teacher`.
-
-    Returns a Classifier. Raises UserError as `load_teacher` does, and for no classifier or one of other classes.
-    """
+    """Read a labelled network, a frozen Classifier in eval mode; arguments and errors as in `load_teacher`."""
     if str(path).endswith(".pt2"):
         raise UserError(f"{path} is a program and has no linear classifier: a network trained with labels is needed")
     backbone, _, state = load_backbone(path, arch)
@@ -1209,15 +1202,14 @@ def build_head(path, state, activation=nn.ReLU):
 
 
 def build_transformer(path, state, image_size=None, moco_v3=False):
-    """torchvision's VisionTransformer for the state dict of any, still without weights, and the dict with its keys.
+    """torchvision's VisionTransformer for the state dict of any, on the meta device, and the dict with its keys.
 
     LayerScale (DINOv2) is multiplied into the layer before it; registers become class tokens without a position.
     Positions are interpolated where image_size is not the file's, as the code of DINO and, with registers, DINOv2 does.
-    Raises UserError for transformers of other kinds and for an image size that the patches do not divide.
     """
+    state = {key: value for key, value in state.items() if not key.startswith(("mask", "decoder_"))}  # for training
     for pattern, name in TRANSFORMER_KEYS:
         state = {re.sub(pattern, name, key): value for key, value in state.items()}
-    state.pop("", None)
     try:
         width, _, patch, _ = state["conv_proj.weight"].shape
         hidden = len(state["encoder.layers.encoder_layer_0.mlp.0.weight"])
@@ -1256,8 +1248,7 @@ def build_transformer(path, state, image_size=None, moco_v3=False):
 class Program(nn.Module):
     """A program of torch.export from a file, as a frozen backbone: images (N, 3, H, W) -> features (N, feature_dim).
 
-    image_size: default is the size that the program was exported at. Raises UserError for a file that is not readable,
-    and for a program that does not take any number of images of this size.
+    Raises UserError unless it takes any number of images of `image_size` (default: the size that it was exported at).
     """
 
     def __init__(self, path, image_size=None):
@@ -1292,8 +1283,7 @@ class Program(nn.Module):
 def infer_arch(path, state, arch=None):
     """Name of the network that a state dict fits, its backbone on the meta device, and the dict with its keys.
 
-    The first that fits is taken, else the nearest. Keys of CRD's released files become those of `CIFAR_NETWORKS`, in
-    their order. Raises UserError where no network is near.
+    Raises UserError where no network is near. Keys of CRD's files become those of `CIFAR_NETWORKS`, in their order.
     """
     # The last matrix of the file is a classifier of any number of classes, or there is none
     count = sum(value.numel() for value in state.values())
@@ -1302,9 +1292,9 @@ def infer_arch(path, state, arch=None):
     near = sorted(PARAMETERS, key=lambda name: min(abs(PARAMETERS[name] - n) for n in counts))[:12]
     regnet = any("trunk_output" in key for key in state)
     size = 32 if "conv1.weight" in state and state["conv1.weight"].shape[-1] == 3 else 224
-    trials = [(name, size) for name in near if ("regnet" in name) == regnet]
-    small = min(counts) < 4e7  # CIFAR's networks have at most 24 million parameters, the widened ones at least 94
-    trials += [(name, 32) for name in CIFAR_NETWORKS] if small else [(name, size) for name in WIDENED]
+    # CIFAR's networks have at most 24 million parameters, the widened ones at least 94
+    others = [(name, 32) for name in CIFAR_NETWORKS] if min(counts) < 4e7 else [(name, 224) for name in WIDENED]
+    trials = [(name, size) for name in near if ("regnet" in name) == regnet] + others
     best = (-1,)
     for name, image_size in [(arch, size), (arch, 32)] if arch else trials:
         with torch.device("cpu" if "regnet" in name else "meta"):  # RegNets compute their widths with real tensors
