@@ -804,7 +804,7 @@ def kaiming_init(module):
 
 # CRD's networks for 32-pixel images (Tian et al., 2020), with torchvision's blocks where it has them. The parameters
 # come in the order of the released files, so that the loader can rename the keys of those files.
-conv_bn = partial(torchvision.ops.Conv2dNormActivation, activation_layer=None)
+conv_bn = partial(torchvision.ops.Conv2dNormActivation, activation_layer=None)  # keeps the size if its stride is 1
 
 
 def stage_network(block, channels, depths, kernel=3, first_stride=1, classifier="fc"):
@@ -1290,11 +1290,10 @@ def infer_arch(path, state, arch=None):
     matrix = ([value for value in state.values() if value.ndim == 2] or [torch.empty(1000, 0)])[-1]
     counts = count, count + (1000 - len(matrix)) * matrix.shape[1]
     near = sorted(PARAMETERS, key=lambda name: min(abs(PARAMETERS[name] - n) for n in counts))[:12]
-    regnet = any("trunk_output" in key for key in state)
     size = 32 if "conv1.weight" in state and state["conv1.weight"].shape[-1] == 3 else 224
     # CIFAR's networks have at most 24 million parameters, the widened ones at least 94
     others = [(name, 32) for name in CIFAR_NETWORKS] if min(counts) < 4e7 else [(name, 224) for name in WIDENED]
-    trials = [(name, size) for name in near if ("regnet" in name) == regnet] + others
+    trials = [(name, size) for name in near if ("regnet" in name) == any("trunk_" in key for key in state)] + others
     best = (-1,)
     for name, image_size in [(arch, size), (arch, 32)] if arch else trials:
         with torch.device("cpu" if "regnet" in name else "meta"):  # RegNets compute their widths with real tensors

@@ -101,9 +101,10 @@ def sskd_losses(student_logits, student_ss, teacher_logits, teacher_ss, labels, 
 def rotate_and_crop(images, rng, rotations, padding):
     """Augmentation of a `common.View`: rotate each image, then crop each row at random from the padded row.
 
-    (n, 3, S, S) -> (rotations * n, 3, S, S). padding: black pixels on each side; 0 for no crop.
+    (n, 3, S, S) -> (rotations * n, 3, S, S), image by image, rotated counter-clockwise by multiples of 90 degrees.
+    padding: black pixels on each side; 0 for no crop.
     """
-    images = rotate(images, rotations)
+    images = torch.stack([images.rot90(k, dims=(2, 3)) for k in range(rotations)], dim=1).flatten(0, 1)
     if not padding:
         return images
     offsets = common.local_share(rng.integers(0, 2 * padding + 1, (len(images) * common.world_size(), 2)))
@@ -111,11 +112,6 @@ def rotate_and_crop(images, rng, rotations, padding):
     height, width = images.shape[2:]
     crops = F.pad(images, [padding] * 4).unfold(2, height, 1).unfold(3, width, 1)  # a view of all possible crops
     return crops[torch.arange(len(images), device=images.device), :, top, left]
-
-
-def rotate(images, count):
-    """Rotate counter-clockwise by `count` multiples of 90 degrees, (n, 3, S, S) -> (count * n, 3, S, S), by image."""
-    return torch.stack([images.rot90(k, dims=(2, 3)) for k in range(count)], dim=1).flatten(0, 1)
 
 
 # --------------------------------------------------------------------------------------------------------------- Method

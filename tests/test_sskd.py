@@ -63,7 +63,7 @@ def test_ties_in_the_error_level_are_broken_in_a_fixed_order():
 
 def test_rotations_are_counter_clockwise_and_four_in_a_row():
     images = torch.rand(3, 3, 5, 5)
-    rows = sskd.rotate(images, 4)
+    rows = sskd.rotate_and_crop(images, None, rotations=4, padding=0)
     for i, image in enumerate(images):
         for k in range(4):
             expected = np.rot90(image.permute(1, 2, 0).numpy(), k)
@@ -124,7 +124,7 @@ def train(model, parameters, loss_of, steps=3):
     history = []
     for step in range(steps):
         images, labels = map(common.local_share, tiny_batch(step))
-        losses = loss_of(sskd.rotate(images, model.rotations), labels)
+        losses = loss_of(sskd.rotate_and_crop(images, None, model.rotations, padding=0), labels)
         optimizer.zero_grad()
         losses["loss"].backward()
         optimizer.step()
@@ -189,7 +189,7 @@ def test_gradients_reach_the_student_and_its_head_alone():
     model.teacher_head.requires_grad_(False)
     images, labels = tiny_batch(0)
     before = {name: value.clone() for name, value in model.teacher.state_dict().items()}
-    model.train()(sskd.rotate(images, 4), labels)["loss"].backward()
+    model.train()(sskd.rotate_and_crop(images, None, rotations=4, padding=0), labels)["loss"].backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == name.startswith("student"), name
     for name, value in model.teacher.state_dict().items():
