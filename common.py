@@ -802,15 +802,9 @@ def kaiming_init(module):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
-# The networks for 32-pixel images that CRD (Tian et al., 2020) brought together. Later work on distillation, SSKD too,
-# compares with them. Where torchvision has the network, or its blocks, it is torchvision's. The parameters come in the
-# order of the released files, so that the loader can rename the keys of those files.
-
-
-def conv_bn(in_channels, channels, kernel, stride=1, groups=1):
-    """A convolution that keeps the image's size where its stride is 1, and its BatchNorm."""
-    layer = nn.Conv2d(in_channels, channels, kernel, stride, kernel // 2, groups=groups, bias=False)
-    return layer, nn.BatchNorm2d(channels)
+# CRD's networks for 32-pixel images (Tian et al., 2020), with torchvision's blocks where it has them. The parameters
+# come in the order of the released files, so that the loader can rename the keys of those files.
+conv_bn = partial(torchvision.ops.Conv2dNormActivation, activation_layer=None)  # keeps the size if its stride is 1
 
 
 def stage_network(block, channels, depths, kernel=3, first_stride=1, classifier="fc"):
@@ -827,7 +821,7 @@ def stage_network(block, channels, depths, kernel=3, first_stride=1, classifier=
 
 def basic_block(in_channels, channels, stride):
     """torchvision's block of ResNet-18, with a convolution in the shortcut where the channels change."""
-    shortcut = nn.Sequential(*conv_bn(in_channels, channels, 1, stride)) if in_channels != channels else None
+    shortcut = conv_bn(in_channels, channels, 1, stride) if in_channels != channels else None
     return torchvision.models.resnet.BasicBlock(in_channels, channels, stride, shortcut)
 
 
@@ -943,9 +937,11 @@ def widened_resnet50(times):
     return network.apply(kaiming_init)
 
 
-TORCHVISION_NETWORKS = torchvision.models.list_models(module=torchvision.models)  # the classification networks
+# torchvision's classification networks and their numbers of parameters, with classifiers of 1000 classes
+PARAMETERS = {name: torchvision.models.get_model_weights(name).DEFAULT.meta["num_params"]
+              for name in torchvision.models.list_models(module=torchvision.models)}  # fmt: skip
 WIDENED = {f"resnet50w{times}": partial(widened_resnet50, times) for times in (2, 4, 5)}
-LARGE_NETWORKS = {name: partial(torchvision.models.get_model, name) for name in TORCHVISION_NETWORKS} | WIDENED
+LARGE_NETWORKS = {name: partial(torchvision.models.get_model, name) for name in PARAMETERS} | WIDENED
 LARGE_NETWORKS |= {name: partial(torchvision.models.get_model, name, aux_logits=False, init_weights=False)
                    for name in ("googlenet", "inception_v3")}  # fmt: skip
 NETWORK_NAMES = list({**CIFAR_NETWORKS, **LARGE_NETWORKS})
@@ -954,9 +950,8 @@ NETWORK_NAMES = list({**CIFAR_NETWORKS, **LARGE_NETWORKS})
 def build_backbone(arch, image_size=224):
     """A network without its classifier, randomly initialised: (N, 3, H, W) -> features (N, feature_dim).
 
-    Keys are torchvision's. The last linear layer becomes the identity, so that features are its input;
-    `.classifier_name` keeps its name. Dropout and stochastic depth are off, as in the papers. At 32 pixels and less
-    torchvision's ResNets get a 3x3 stem, and vgg11 to vgg19, which both have, are CIFAR's.
+    Keys are torchvision's. Features are the classifier's input. Dropout and stochastic depth are off, as in the papers.
+    At 32 pixels and less torchvision's ResNets get a 3x3 stem, and vgg11 to vgg19, which both have, are CIFAR's.
     Raises UserError for an unknown name and for images that are too small.
     """
     if arch not in NETWORK_NAMES:
@@ -1072,7 +1067,6 @@ LAYOUTS = (
 )
 # Keys of vision transformers in the code of DINO, iBOT, MAE, MoCo v3, DINOv2 and timm, and torchvision's for the same
 TRANSFORMER_KEYS = (
-    (r"^(mask_token|masked_embed|decoder_.*)$", ""),  # left out
     (r"^cls_token$", "class_token"),
     (r"^pos_embed$", "encoder.pos_embedding"),
     (r"^patch_embed\.proj\.(weight|bias)$", r"conv_proj.\1"),
@@ -1090,10 +1084,7 @@ TRANSFORMER_KEYS = (
 
 
 def load_file(path, whole=False):
-    """Read a checkpoint onto the CPU, tensors and plain values only; raises UserError where that is not possible.
-
-    With `whole` all bytes are checked against the file's checksums before.
-    """
+    """Read tensors and plain values of a checkpoint onto the CPU, or raise UserError; whole: check all bytes before."""
     try:
         if whole and (changed := zipfile.ZipFile(path).testzip()):
             raise ValueError(f"wrong checksum of {changed}")
@@ -1115,8 +1106,7 @@ def load_teacher(path, arch=None, image_size=None, trust=False):
     features are the embedding. Returns an Encoder. Raises UserError for a file that fits nothing or only in part.
     """
     if not str(path).endswith(".pt2"):
-        backbone, parts, activation = load_backbone(path, arch, image_size)
-        head = build_head(path, parts["head"], activation)
+        backbone, head, _ = load_backbone(path, arch, image_size)
     elif trust:
         backbone, head = Program(path, image_size), nn.Identity()
     else:
@@ -1125,45 +1115,43 @@ def load_teacher(path, arch=None, image_size=None, trust=False):
 
 
 def load_classifier(path, arch=None, num_classes=None):
-    """Read a labelled network, frozen and in eval mode; path and arch as in `load_teacher`.
-
-    Returns a Classifier. Raises UserError as `load_teacher` does, and for no classifier or one of other classes.
-    """
+    """Read a labelled network, a frozen Classifier in eval mode; arguments and errors as in `load_teacher`."""
     if str(path).endswith(".pt2"):
         raise UserError(f"{path} is a program and has no linear classifier: a network trained with labels is needed")
-    backbone, parts, _ = load_backbone(path, arch)
-    if parts["classifier"].keys() != {"weight", "bias"}:
+    backbone, _, state = load_backbone(path, arch)
+    if state.keys() != {"weight", "bias"}:
         raise UserError(f"{path} holds no linear classifier: a network trained with labels is needed")
-    classifier = build_head(path, parts["classifier"])
+    classifier = build_head(path, state)
     if num_classes not in (None, classifier.out_features):
         raise UserError(f"{path} has {classifier.out_features} classes, --data has {num_classes}")
     return Classifier(backbone, classifier).requires_grad_(False).eval()
 
 
 def load_backbone(path, arch, image_size=None):
-    """The backbone of a file, with its weights, the state dicts of its head and classifier, and the head's activation.
+    """The backbone and the head of a file, with their weights, and the state dict of its classifier.
 
     backbone.image_size is `image_size`, or else the size that the network was trained at, as far as it is known.
     """
     checkpoint = torchvision_weights(arch) if path == "torchvision" else load_file(path)
     layout, parts = split_state(path, checkpoint)
-    state, written = parts["backbone"], checkpoint.get("arch")
-    arch = arch or (written if written in NETWORK_NAMES else None)
+    state, classifier = parts["backbone"], parts["classifier"]
+    if not arch and checkpoint.get("arch") in NETWORK_NAMES:
+        arch = checkpoint["arch"]
     if state.keys() & {"cls_token", "class_token"} and (not arch or arch.startswith("vit_")):
         backbone, state = build_transformer(path, state, image_size, layout.written_by == "MoCo v3")
     else:
         arch, backbone, state = infer_arch(path, state, arch)
         size = image_size or checkpoint.get("image_size")
-        with contextlib.suppress(
-            OSError, ValueError, LookupError, TypeError, AttributeError
-        ):  # of the run that wrote a backbone.pth
+        # A backbone.pth has the config.json of its run beside it
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
             config = json.loads(Path(path).with_name("config.json").read_text())
             size = size or config.get("image_size") or config["arguments"]["image_size"]
         backbone.image_size = size if isinstance(size, int) else backbone.image_size
-    for part in [name for name in ("weight", "bias") if f"{backbone.classifier_name}.{name}" in state]:
-        parts["classifier"][part] = state.pop(f"{backbone.classifier_name}.{part}")
+    for part in ("weight", "bias"):
+        if f"{backbone.classifier_name}.{part}" in state:
+            classifier[part] = state.pop(f"{backbone.classifier_name}.{part}")
     load_strict(backbone, state, f"{path} as {arch or 'a vision transformer'}", assign=True)
-    return backbone, parts, layout.activation
+    return backbone, build_head(path, parts["head"], layout.activation), classifier
 
 
 def torchvision_weights(arch):
@@ -1172,20 +1160,18 @@ def torchvision_weights(arch):
         weights = torchvision.models.get_model_weights(arch).DEFAULT
         return {"state_dict": weights.get_state_dict(progress=rank() == 0), "image_size": 224}
     except (ValueError, TypeError, AttributeError, OSError) as error:
-        raise UserError(f"torchvision has no weights for {arch} ({error}): name a network with --teacher-arch or "
-                        "--arch, or pass a file") from None  # fmt: skip
+        raise UserError(f"torchvision has no weights for {arch} ({error}): pass --teacher-arch or --arch") from None
 
 
 def split_state(path, checkpoint):
     """The layout of a file's content, and the state dicts of its parts: backbone, head and classifier."""
-    state = checkpoint
+    state = checkpoint if isinstance(checkpoint, dict) else {}
     for wrapper in ("model", "state_dict", "teacher"):  # of DINO's two networks the teacher is better
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    if not isinstance(state, dict) or not any(isinstance(value, torch.Tensor) for value in state.values()):
-        raise UserError(f"{path} holds no network's weights")
+        state = state[wrapper] if isinstance(state.get(wrapper), dict) else state
     # "module." is DataParallel's, whatever the layout, and some nested it
     state = {re.sub(r"^(module\.)+", "", str(k)): v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    if not state:
+        raise UserError(f"{path} holds no network's weights")
     state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
     layout = next(layout for layout in LAYOUTS if any(key.startswith(layout.mark) for key in state))
     parts = {}
@@ -1216,15 +1202,14 @@ def build_head(path, state, activation=nn.ReLU):
 
 
 def build_transformer(path, state, image_size=None, moco_v3=False):
-    """torchvision's VisionTransformer for the state dict of any, still without weights, and the dict with its keys.
+    """torchvision's VisionTransformer for the state dict of any, on the meta device, and the dict with its keys.
 
     LayerScale (DINOv2) is multiplied into the layer before it; registers become class tokens without a position.
     Positions are interpolated where image_size is not the file's, as the code of DINO and, with registers, DINOv2 does.
-    Raises UserError for transformers of other kinds and for an image size that the patches do not divide.
     """
+    state = {key: value for key, value in state.items() if not key.startswith(("mask", "decoder_"))}  # for training
     for pattern, name in TRANSFORMER_KEYS:
         state = {re.sub(pattern, name, key): value for key, value in state.items()}
-    state.pop("", None)
     try:
         width, _, patch, _ = state["conv_proj.weight"].shape
         hidden = len(state["encoder.layers.encoder_layer_0.mlp.0.weight"])
@@ -1241,8 +1226,7 @@ def build_transformer(path, state, image_size=None, moco_v3=False):
 
     registers = state.pop("register_tokens", torch.empty(1, 0, width))
     if (image_size or 0) % patch:
-        raise UserError(f"{path} has patches of {patch} pixels, which do not divide images of {image_size}: pass "
-                        f"--image-size {max(1, image_size // patch) * patch}, or another multiple")  # fmt: skip
+        raise UserError(f"{path}: patches of {patch} pixels do not divide images of {image_size}: change --image-size")
     size = image_size // patch if image_size else grid
     if size != grid:
         how = {"size": (size, size), "antialias": True} if registers.numel() else {"scale_factor": (size + 0.1) / grid}
@@ -1264,8 +1248,7 @@ def build_transformer(path, state, image_size=None, moco_v3=False):
 class Program(nn.Module):
     """A program of torch.export from a file, as a frozen backbone: images (N, 3, H, W) -> features (N, feature_dim).
 
-    image_size: default is the size that the program was exported at. Raises UserError for a file that is not readable,
-    and for a program that does not take any number of images of this size.
+    Raises UserError unless it takes any number of images of `image_size` (default: the size that it was exported at).
     """
 
     def __init__(self, path, image_size=None):
@@ -1277,8 +1260,7 @@ class Program(nn.Module):
                     self.program.graph.erase_node(node)  # it checks the precision, which autocast changes
             self.image_size = image_size or self.program.example_inputs[0][0].shape[-1]
             self.to("cpu")
-            with torch.no_grad():
-                _, self.feature_dim = self(torch.zeros(3, 3, self.image_size, self.image_size)).shape
+            _, self.feature_dim = self(torch.zeros(3, 3, self.image_size, self.image_size)).shape
         except Exception as error:
             reason = (str(error) or type(error).__name__).partition("\n")[0]
             raise UserError(f"{path} is not a program that turns any number of images of --image-size into features "
@@ -1301,25 +1283,19 @@ class Program(nn.Module):
 def infer_arch(path, state, arch=None):
     """Name of the network that a state dict fits, its backbone on the meta device, and the dict with its keys.
 
-    The first that fits is taken, else the nearest. Keys of CRD's released files become those of `CIFAR_NETWORKS`, in
-    their order. Raises UserError where no network is near.
+    Raises UserError where no network is near. Keys of CRD's files become those of `CIFAR_NETWORKS`, in their order.
     """
-    # torchvision counts 1000 classes; the last matrix of the file is a classifier of any number, or there is none
+    # The last matrix of the file is a classifier of any number of classes, or there is none
     count = sum(value.numel() for value in state.values())
     matrix = ([value for value in state.values() if value.ndim == 2] or [torch.empty(1000, 0)])[-1]
     counts = count, count + (1000 - len(matrix)) * matrix.shape[1]
-    weights = {name: next(iter(torchvision.models.get_model_weights(name))) for name in TORCHVISION_NETWORKS}
-    distance = {name: min(abs(w.meta["num_params"] - n) for n in counts) for name, w in weights.items()}
-    regnet = any("trunk_output" in key for key in state)
-    near = [name for name in sorted(distance, key=distance.get)[:12] if ("regnet" in name) == regnet]
+    near = sorted(PARAMETERS, key=lambda name: min(abs(PARAMETERS[name] - n) for n in counts))[:12]
     size = 32 if "conv1.weight" in state and state["conv1.weight"].shape[-1] == 3 else 224
-    trials = [(name, size) for name in near]
-    small = min(counts) < 4e7  # CIFAR's networks have at most 24 million parameters, the widened ones at least 94
-    trials += [(name, 32) for name in CIFAR_NETWORKS] if small else [(name, size) for name in WIDENED]
-    if arch:
-        trials = [(arch, size), (arch, 32)]
+    # CIFAR's networks have at most 24 million parameters, the widened ones at least 94
+    others = [(name, 32) for name in CIFAR_NETWORKS] if min(counts) < 4e7 else [(name, 224) for name in WIDENED]
+    trials = [(name, size) for name in near if ("regnet" in name) == any("trunk_" in key for key in state)] + others
     best = (-1,)
-    for name, image_size in trials:
+    for name, image_size in [(arch, size), (arch, 32)] if arch else trials:
         with torch.device("cpu" if "regnet" in name else "meta"):  # RegNets compute their widths with real tensors
             backbone = build_backbone(name, image_size)
         expected, found = {key: value.shape for key, value in backbone.state_dict().items()}, state

@@ -11,10 +11,9 @@ mistakes included, in addition to its predictions on upright and on rotated imag
     with the smallest error level, the rank of the true answer among the teacher's (selective transfer).
 
 Three stages: a labelled teacher (trained here, or any labelled file); its self-supervision head, the teacher frozen;
-the student. An image gives four rows, rotated by 0, 90, 180 and 270 degrees counter-clockwise. As in the released code,
-the four share one flip, and each is cropped at random from its padded image after the rotation.
-The defaults are the released code's for CIFAR-100; for a folder of images they become those of torchdistill's run on
-ImageNet: 100 epochs of 256 images at a learning rate of 0.1, a head trained for 30.
+the student. As in the released code, an image's four rotations, counter-clockwise, share one flip, and each is cropped
+at random from its padded image after the rotation.
+The defaults are the released code's for CIFAR-100, and for a folder of images those of torchdistill's run on ImageNet.
 
     python sskd.py --data cifar100 --train-teacher wrn_40_2
     python sskd.py --data cifar100 --teacher runs/sskd_teacher/checkpoint.pth --student wrn_16_2
@@ -102,22 +101,13 @@ def sskd_losses(student_logits, student_ss, teacher_logits, teacher_ss, labels, 
 def rotate_and_crop(images, rng, rotations, padding):
     """Augmentation of a `common.View`: rotate each image, then crop each row at random from the padded row.
 
-    (n, 3, S, S) -> (rotations * n, 3, S, S). padding: black pixels on each side; 0 for no crop.
+    (n, 3, S, S) -> (rotations * n, 3, S, S), image by image, rotated counter-clockwise by multiples of 90 degrees.
+    padding: black pixels on each side; 0 for no crop.
     """
-    images = rotate(images, rotations)
-    if padding:
-        offsets = rng.integers(0, 2 * padding + 1, (len(images) * common.world_size(), 2))
-        images = pad_and_crop(images, common.local_share(offsets), padding)
-    return images
-
-
-def rotate(images, count):
-    """Rotate counter-clockwise by `count` multiples of 90 degrees, (n, 3, S, S) -> (count * n, 3, S, S), by image."""
-    return torch.stack([images.rot90(k, dims=(2, 3)) for k in range(count)], dim=1).flatten(0, 1)
-
-
-def pad_and_crop(images, offsets, padding):
-    """Crop images (n, 3, H, W), padded with black, to their size at their own offsets (n, 2), 0 to 2 * padding."""
+    images = torch.stack([images.rot90(k, dims=(2, 3)) for k in range(rotations)], dim=1).flatten(0, 1)
+    if not padding:
+        return images
+    offsets = common.local_share(rng.integers(0, 2 * padding + 1, (len(images) * common.world_size(), 2)))
     top, left = torch.from_numpy(offsets).to(images.device, non_blocking=True).unbind(dim=1)
     height, width = images.shape[2:]
     crops = F.pad(images, [padding] * 4).unfold(2, height, 1).unfold(3, width, 1)  # a view of all possible crops
@@ -128,10 +118,9 @@ def pad_and_crop(images, offsets, padding):
 
 
 def gather_with_gradient(x):
-    """As `common.gather`, for a loss over the global batch that needs gradients.
+    """As `common.gather`, with a gradient for this process's rows, for a loss that every process computes.
 
-    Every process computes the same loss, and the gradient flows into its own rows only, times the number of processes:
-    DistributedDataParallel's mean over the processes is then the gradient of that loss.
+    It is multiplied by the number of processes, because DistributedDataParallel takes the mean over the processes.
     """
     if common.world_size() == 1:
         return x
@@ -152,18 +141,14 @@ class SSKD(nn.Module):
 
     def __init__(self, student, teacher, weights, **options):
         super().__init__()
-        self.weights, self.options = {name: weight for name, weight in weights.items() if weight}, options
-        self.rotations = 4 if self.weights.keys() & {"tf", "ss"} else 1
+        self.weights, self.options = {"ce": 0.0, "kd": 0.0, "tf": 0.0, "ss": 0.0, **weights}, options
+        self.rotations = 4 if self.weights["tf"] or self.weights["ss"] else 1
         self.student = student
-        self.teacher = teacher.requires_grad_(False) if self.weights.keys() - {"ce"} else None
+        self.teacher = teacher.requires_grad_(False) if self.rotations > 1 or self.weights["kd"] else None
         if self.rotations > 1:
             student_dim, teacher_dim = student.backbone.feature_dim, teacher.backbone.feature_dim
             self.student_head = common.mlp_head(student_dim, student_dim, student_dim)
             self.teacher_head = common.mlp_head(teacher_dim, teacher_dim, teacher_dim)
-            # DistributedDataParallel expects a gradient for each parameter that requires one
-            self.student_head.requires_grad_("ss" in self.weights)
-            self.teacher_head.requires_grad_("ss" in self.weights)
-            student.classifier.requires_grad_(self.weights.keys() != {"ss"})
         self.train()
 
     def train(self, mode=True):
@@ -179,19 +164,17 @@ class SSKD(nn.Module):
         student_features, student_logits = self.student.features_and_output(images)
         student_logits = gather_with_gradient(student_logits)
         if self.teacher:
-            with torch.no_grad():
-                teacher_features, teacher_logits = self.teacher.features_and_output(images)
-                teacher_logits = common.gather(teacher_logits)
+            teacher_features, teacher_logits = self.teacher.features_and_output(images)
+            teacher_logits = common.gather(teacher_logits)
         if self.rotations > 1:
-            with torch.no_grad():
-                teacher_ss = common.gather(self.teacher_head(teacher_features))
             student_ss = gather_with_gradient(self.student_head(student_features))
+            teacher_ss = common.gather(self.teacher_head(teacher_features).detach())
             losses = sskd_losses(student_logits, student_ss, teacher_logits, teacher_ss, labels, **self.options)
         else:
             losses = {"ce": F.cross_entropy(student_logits, labels)}
             if self.teacher:
                 losses["kd"] = kd_loss(student_logits, teacher_logits, self.options["kd_temperature"])
-        return {"loss": sum(weight * losses[name] for name, weight in self.weights.items()), **losses}
+        return {"loss": sum(self.weights[name] * loss for name, loss in losses.items()), **losses}
 
 
 def step_lr(lr, epoch, epochs, milestones):
@@ -219,25 +202,26 @@ def main():
     if args.label_noise:
         train.labels = noisy_labels(train.labels, train.num_classes, args.label_noise, args.seed)
 
-    student = common.build_classifier(args.student, train.num_classes, size)
-    weights = {"ce": args.ce_weight, "kd": args.kd_weight, "tf": args.tf_weight, "ss": args.ss_weight}
-    teacher = None
+    student, teacher = common.build_classifier(args.student, train.num_classes, size), None
+    networks, files = [student], []
     if args.teacher:
         teacher = common.load_classifier(args.teacher, args.teacher_arch, train.num_classes)
         common.check_input_size(teacher.backbone, args.teacher, size)
+        networks, files = [student, teacher], [args.teacher]
+    for network in networks:
+        network.amp = common.AMP[args.amp]
+        if args.compile:
+            network.backbone.compile()
+    weights = {"ce": args.ce_weight, "kd": args.kd_weight, "tf": args.tf_weight, "ss": args.ss_weight}
     model = SSKD(student, teacher, weights, kd_temperature=args.kd_temperature,
                  tf_temperature=args.tf_temperature, ss_temperature=args.ss_temperature, tf_ratio=args.tf_ratio,
                  ss_ratio=args.ss_ratio)  # fmt: skip
-    networks = [student, model.teacher] if model.teacher else [student]
-    for network in networks:
-        network.amp = common.AMP[args.amp]
     model.to(device, memory_format=torch.channels_last)
     padding, scale = (round(size / 8), None) if train.in_memory else (0, (0.08, 1.0))
-    augment = partial(rotate_and_crop, rotations=model.rotations, padding=padding)
-    view = common.View(size, scale, augment)
+    view = common.View(size, scale, partial(rotate_and_crop, rotations=model.rotations, padding=padding))
     loader = common.Loader(train, [view], args.batch_size, args.seed, args.workers, device)
 
-    head_epochs = args.head_epochs if model.weights.get("ss") else 0
+    head_epochs = args.head_epochs if args.ss_weight else 0
     groups = [{"params": [p for name, p in model.named_parameters() if not name.startswith("teacher")]}]
     if head_epochs:
         groups += [{"params": list(model.teacher_head.parameters())}]
@@ -251,16 +235,15 @@ def main():
         scaler.update()
 
     def top1(network):
-        return accuracy(network, val, size, args, device)
+        """Top-1 accuracy in percent; every image counts once, on any number of processes."""
+        features, labels = common.extract_features(network, val, size, args.batch_size, args.workers, device)
+        right = network.classifier(features).argmax(dim=1) == common.local_share(labels)
+        return 100 * common.all_reduce(right.sum()).item() / (labels >= 0).sum().item()
 
-    files = [args.teacher] if args.teacher else []
     run = common.Run("sskd", args, train, val, files=files, arch=args.student, image_size=size)
     run.resume(model, optimizer, scaler)
-    if args.compile:
-        for network in networks:
-            network.backbone.compile()
     if model.teacher and run.step == 0:
-        run.log({"teacher_top1": top1(model.teacher)})
+        run.log({"teacher_top1": top1(teacher)})
 
     # The head of the frozen teacher learns the contrastive task
     if head_epochs:
@@ -268,13 +251,13 @@ def main():
         for epoch in run.epochs(head_epochs, len(loader)):
             lr = optimizer.param_groups[1]["lr"] = step_lr(args.head_lr, epoch, head_epochs, args.head_milestones)
             for (images,), _ in run.batches(loader):
-                embedding = ddp_model(model.teacher.features(images))
-                losses = {"loss": ss_head_loss(gather_with_gradient(embedding))}
-                step(losses["loss"])
-                run.track(losses, lr)
+                embedding = ddp_model(teacher.features(images))
+                loss = ss_head_loss(gather_with_gradient(embedding))
+                step(loss)
+                run.track({"loss": loss}, lr)
 
     # The student learns from labels, teacher and head
-    if head_epochs:
+    if model.rotations > 1:
         model.teacher_head.requires_grad_(False)
     ddp_model = common.distribute(model)
     for epoch in run.epochs(head_epochs + args.epochs, len(loader), lambda: {"top1": top1(student)}):
@@ -288,16 +271,7 @@ def main():
         print(f"{args.student}: top-1 accuracy {run.metrics['top1']:.2f} % on the validation images")
 
 
-@torch.no_grad()
-def accuracy(network, dataset, size, args, device):
-    """Top-1 accuracy of a Classifier in percent; every image counts once, on any number of processes."""
-    features, labels = common.extract_features(network, dataset, size, args.batch_size, args.workers, device)
-    right = network.classifier(features).argmax(dim=1) == common.local_share(labels)
-    return 100 * common.all_reduce(right.sum()).item() / (labels >= 0).sum().item()
-
-
-# Defaults for the small sets, the released code's, and for folders, those of torchdistill's run on ImageNet. Milestones
-# are parts of all epochs.
+# Defaults for the small sets and for folders. Milestones are parts of all epochs.
 CIFAR = {"epochs": 240, "batch_size": 64, "lr": 0.05, "milestones": (150 / 240, 180 / 240, 210 / 240),
          "head_epochs": 60, "head_lr": 0.05, "head_milestones": (30 / 60, 45 / 60)}  # fmt: skip
 IMAGENET = {"epochs": 100, "batch_size": 256, "lr": 0.1, "milestones": (0.3, 0.6, 0.9),
@@ -308,32 +282,26 @@ SLOW = ("MobileNetV2", "ShuffleV1", "ShuffleV2")  # CIFAR's networks that need a
 def parse_args():
     parser = common.common_parser("sskd", __doc__, epochs=CIFAR["epochs"], batch_size=CIFAR["batch_size"],
                                   lr=CIFAR["lr"], weight_decay=5e-4)  # fmt: skip
-    add = parser.add_argument
+    add, weight = parser.add_argument, common.number(float, 0)
     add("--train-teacher", metavar="NAME", help="train this network on labels alone, to be a teacher")
-    add("--teacher", help="file of a labelled network, a checkpoint of --train-teacher or a released one, or "
-        "torchvision, its labelled weights of --teacher-arch")  # fmt: skip
+    add("--teacher", help="file of a labelled network, or torchvision, its labelled weights of --teacher-arch")
     add("--teacher-arch", help="the teacher's network (default: read from its file)")
     add("--student", help="network, any of torchvision's or of CIFAR's (common.CIFAR_NETWORKS)")
-    add("--ce-weight", type=common.number(float, 0), default=0.1, help="of the labels (default %(default)s, or 1 with "
-        "--train-teacher)")  # fmt: skip
-    add("--kd-weight", type=common.number(float, 0), default=0.9, help="of distillation (default %(default)s)")
-    add("--tf-weight", type=common.number(float, 0), default=2.7, help="of the same on rotated images (default "
-        "%(default)s)")  # fmt: skip
-    add("--ss-weight", type=common.number(float, 0), default=10.0, help="of self-supervision (default %(default)s)")
+    add("--ce-weight", type=weight, default=0.1, help="of the labels (default %(default)s; 1 with --train-teacher)")
+    add("--kd-weight", type=weight, default=0.9, help="of distillation (default %(default)s)")
+    add("--tf-weight", type=weight, default=2.7, help="of the same on rotated images (default %(default)s)")
+    add("--ss-weight", type=weight, default=10.0, help="of self-supervision (default %(default)s)")
     add("--kd-temperature", type=common.positive_float, default=4.0, help="default %(default)s")
     add("--tf-temperature", type=common.positive_float, default=4.0, help="default %(default)s")
     add("--ss-temperature", type=common.positive_float, default=0.5, help="default %(default)s")
-    add("--tf-ratio", type=common.fraction, default=1.0, help="part of the teacher's wrong predictions on rotated "
-        "images that is kept (default %(default)s)")  # fmt: skip
-    add("--ss-ratio", type=common.fraction, default=0.75, help="the same of its contrastive ones (default "
-        "%(default)s)")  # fmt: skip
+    add("--tf-ratio", type=common.fraction, default=1.0, help="part of the wrong rows to keep (default %(default)s)")
+    add("--ss-ratio", type=common.fraction, default=0.75, help="part of the wrong rows to keep (default %(default)s)")
     add("--head-epochs", type=common.positive_int, default=CIFAR["head_epochs"], help="for the self-supervision head "
         "of the teacher, before the student's (default %(default)s)")  # fmt: skip
     add("--head-lr", type=common.positive_float, default=CIFAR["head_lr"], help="default %(default)s")
     add("--label-fraction", type=common.number(float, 0, 1, open_below=True), default=1.0, help="train on this part "
         "of each class's images, picked by --seed (default all)")  # fmt: skip
-    add("--label-noise", type=common.fraction, default=0.0, help="turn this part of the training labels, picked by "
-        "--seed, into others (default none)")  # fmt: skip
+    add("--label-noise", type=common.fraction, default=0.0, help="make this part of the labels wrong (default none)")
     args = parser.parse_args()
     if bool(args.train_teacher) == bool(args.teacher and args.student) or (args.train_teacher and args.teacher):
         raise common.UserError("pass either --train-teacher NAME, or --teacher FILE and --student NAME")
@@ -347,8 +315,7 @@ def parse_args():
                             out="runs/sskd_teacher")  # fmt: skip
     args = parser.parse_args()
     if args.train_teacher and args.kd_weight + args.tf_weight + args.ss_weight:
-        raise common.UserError("--train-teacher learns from labels alone: leave out --kd-weight, --tf-weight and "
-                               "--ss-weight")  # fmt: skip
+        raise common.UserError("--train-teacher learns from labels: leave out --kd-weight, --tf-weight, --ss-weight")
     if not args.ce_weight + args.kd_weight + args.tf_weight + args.ss_weight:
         raise common.UserError("--ce-weight, --kd-weight, --tf-weight and --ss-weight are all 0: nothing to learn")
     return args

@@ -63,7 +63,7 @@ def test_ties_in_the_error_level_are_broken_in_a_fixed_order():
 
 def test_rotations_are_counter_clockwise_and_four_in_a_row():
     images = torch.rand(3, 3, 5, 5)
-    rows = sskd.rotate(images, 4)
+    rows = sskd.rotate_and_crop(images, None, rotations=4, padding=0)
     for i, image in enumerate(images):
         for k in range(4):
             expected = np.rot90(image.permute(1, 2, 0).numpy(), k)
@@ -71,8 +71,9 @@ def test_rotations_are_counter_clockwise_and_four_in_a_row():
 
 
 def test_padded_crops_are_torchvisions():
-    images, offsets = torch.rand(25, 3, 6, 7), np.stack(np.divmod(np.arange(25), 5), axis=1)
-    for image, (top, left), ours in zip(images, offsets, sskd.pad_and_crop(images, offsets, 2), strict=True):
+    images, offsets = torch.rand(50, 3, 6, 7), np.random.default_rng(0).integers(0, 5, (50, 2))
+    crops = sskd.rotate_and_crop(images, np.random.default_rng(0), rotations=1, padding=2)
+    for image, (top, left), ours in zip(images, offsets, crops, strict=True):
         torch.testing.assert_close(ours, TF.crop(TF.pad(image, [2]), top, left, 6, 7), rtol=0, atol=0)
 
 
@@ -123,7 +124,7 @@ def train(model, parameters, loss_of, steps=3):
     history = []
     for step in range(steps):
         images, labels = map(common.local_share, tiny_batch(step))
-        losses = loss_of(sskd.rotate(images, model.rotations), labels)
+        losses = loss_of(sskd.rotate_and_crop(images, None, model.rotations, padding=0), labels)
         optimizer.zero_grad()
         losses["loss"].backward()
         optimizer.step()
@@ -176,8 +177,7 @@ def test_losses_and_weights_are_those_of_one_process(tmp_path):
             for key, value in state.items():
                 torch.testing.assert_close(value, alone[name][1][key], rtol=1e-4, atol=1e-6)
     for name, (_, state) in alone.items():
-        learners = ["student.backbone."] + ["student.classifier."] * (name != ("ss",))
-        learners = "teacher_head." if name == "head" else (*learners, *["student_head."] * ("ss" in name))
+        learners = "teacher_head." if name == "head" else ("student.", "student_head.")
         before = tiny_model(WEIGHTS).state_dict()
         trained = {key for key, value in state.items() if not torch.equal(value, before[key])}
         assert trained == {key for key in state if key.startswith(learners) and "running" not in key
@@ -189,7 +189,7 @@ def test_gradients_reach_the_student_and_its_head_alone():
     model.teacher_head.requires_grad_(False)
     images, labels = tiny_batch(0)
     before = {name: value.clone() for name, value in model.teacher.state_dict().items()}
-    model.train()(sskd.rotate(images, 4), labels)["loss"].backward()
+    model.train()(sskd.rotate_and_crop(images, None, rotations=4, padding=0), labels)["loss"].backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == name.startswith("student"), name
     for name, value in model.teacher.state_dict().items():
