@@ -18,7 +18,6 @@ import copy
 import difflib
 import fcntl
 import hashlib
-import inspect
 import json
 import math
 import os
@@ -33,8 +32,6 @@ import traceback
 import weakref
 import zipfile
 from collections import OrderedDict, namedtuple
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
@@ -90,7 +87,7 @@ def run_script(main):
         status, message = 1, traceback.format_exc()
         lost = re.search(r"Connection (closed|reset) by \w*\s?peer|Broken pipe|ncclRemoteError", str(error))
         if isinstance(error, UserError):
-            status, message = 2, f"{script}: error: {error}"
+            status, message = 2, f"{script}: error: {textwrap.shorten(str(error), 1000)}"
         elif isinstance(error, Stopped):
             status, message = 143, f"{script}: {error}"
         elif isinstance(error, KeyboardInterrupt):
@@ -106,8 +103,7 @@ def run_script(main):
         if message and dist.distributed_c10d._get_default_store().add("failures", 1) == 1:
             tqdm.write(f"\n{message}", file=sys.stderr)  # not in the line of rank 0's progress bar
     sys.stdout.flush(), sys.stderr.flush()
-    if rank() == 0:
-        time.sleep(1)  # the other processes may still ask the store, if rank 0 hosts it
+    time.sleep(1)  # other processes may still ask the store, if this one hosts it
     os._exit(status)  # a normal exit waits for collectives with processes that are gone
 
 
@@ -136,17 +132,14 @@ def init_device(seed):
             store = dist.PrefixStore(f"attempt {attempt}", store)
             dist.init_process_group(store=store, rank=number, world_size=count, **options)
         except (ValueError, dist.DistNetworkError) as error:
-            why = str(error).partition("\n")[0]
-            raise UserError(f"cannot connect the processes ({why}): start with torchrun") from None
+            raise UserError(f"cannot connect the processes ({error}): start with torchrun") from None
     return device
 
 
 def sgd(params, lr, weight_decay):
-    """Fused SGD with momentum 0.9; params as in torch.optim.
-
-    Its momentum buffers start at zero: fused SGD leaves them uninitialized where GradScaler skips the first step.
-    """
+    """Fused SGD with momentum 0.9; params as in torch.optim."""
     optimizer = torch.optim.SGD(params, lr, momentum=0.9, weight_decay=weight_decay, fused=True)
+    # Otherwise SGD leaves its momentum buffers uninitialized if GradScaler skips the first step
     for group in optimizer.param_groups:
         for param in group["params"]:
             optimizer.state[param]["momentum_buffer"] = torch.zeros_like(param)
@@ -154,15 +147,12 @@ def sgd(params, lr, weight_decay):
 
 
 def distribute(model):
-    """The model in DistributedDataParallel if several processes train it.
-
-    Each process keeps the BatchNorm statistics of its share of the batch; rank 0's are saved and evaluated.
-    """
+    """The model, in DistributedDataParallel if there are several processes; each keeps its own BatchNorm statistics."""
     if world_size() == 1:
         return model
-    known = inspect.signature(DistributedDataParallel).parameters  # renamed in torch 2.14
-    option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    return DistributedDataParallel(model, **{option: False})
+    ddp_model = DistributedDataParallel(model)
+    ddp_model.forward_sync_buffers = ddp_model.broadcast_buffers = False  # torch 2.14 renamed it
+    return ddp_model
 
 
 def broadcast(value):
@@ -192,8 +182,8 @@ def all_reduce(x):
 def shuffle(x):
     """This process's rows of the global batch interleaved across processes, for shuffled BatchNorm (MoCo, section 3.3).
 
-    The key encoder then normalizes each image among other images than the query encoder did, so that batch statistics
-    do not reveal the positive pair. The batch is in random order already. x: (N, ...) of this process, as the result.
+    The key encoder then normalizes each image among other images than the query encoder, so that batch statistics do
+    not reveal the positive pair. (N, ...) -> (N, ...); the batch is in random order already.
     """
     return gather(x)[rank() :: world_size()]
 
@@ -224,7 +214,7 @@ def number(kind, low, high=math.inf, *, open_below=False):
 
     def parse(text):
         value = kind(text)
-        if not low <= value <= high or value == math.inf or (open_below and value == low):
+        if not low <= value <= high or (open_below and value == low):
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return value
 
@@ -241,8 +231,7 @@ def common_parser(script, docstring, *, epochs, batch_size, lr, weight_decay):
     """Parser with the arguments that mean the same in every script; the method's own defaults come in as keywords."""
     parser = Parser(description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--data", help=f"folder with train/ and val/, one folder a class in each (default data/imagenet), or one of "
-        f"{', '.join(SMALL_SETS)}[:COUNT], images drawn by the program")  # fmt: skip
+    add("--data", help=f"folder with train/ and val/ (default data/imagenet) or one of {', '.join(SMALL_SETS)}[:COUNT]")
     add("--data-root", default="data", help="where torchvision keeps or puts the small sets (default %(default)s)")
     add("--image-size", type=positive_int, help="pixels (default 224 for a folder, 96 for stl10, else 32)")
     add("--epochs", type=positive_int, default=epochs, help="default %(default)s, the paper's")
@@ -265,10 +254,8 @@ def common_parser(script, docstring, *, epochs, batch_size, lr, weight_decay):
 
 # ----------------------------------------------------------------------------------------------------------------- Data
 
-# Sets that stay in memory, and the pixels of their images
-SMALL_SETS = {"cifar10": 32, "cifar100": 32, "stl10": 96, "fashion_mnist": 32, "shapes": 32}
-# Mean and standard deviation of red, green and blue, as released networks expect them.
-IMAGENET_MEAN_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SMALL_SETS = {"cifar10": 32, "cifar100": 32, "stl10": 96, "fashion_mnist": 32, "shapes": 32}  # pixels of their images
+IMAGENET_MEAN_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of red, green and blue
 CIFAR_MEAN_STD = (0.5071, 0.4866, 0.4409), (0.2675, 0.2565, 0.2761)
 # The key of both data sets: indices of n images, views to make of each, random numbers (views, n, CROP_PARAMS), and
 # (seed, epoch), which choose replacements of unreadable images; None for evaluation.
@@ -355,8 +342,8 @@ def list_folder(root):
         try:
             found = torchvision.datasets.ImageFolder(root)
         except OSError as error:
-            why, names = str(error).partition("\n")[0], ", ".join(SMALL_SETS)
-            raise UserError(f"{why}: pass --data FOLDER with train/ and val/ in it, or one of {names}") from None
+            names = ", ".join(SMALL_SETS)
+            raise UserError(f"{error}: pass --data FOLDER with train/ and val/ in it, or one of {names}") from None
         paths = np.array([os.fsencode(path) for path, _ in found.samples])
         listing = paths, np.array(found.targets), found.classes
     paths, labels, classes = broadcast(listing)
@@ -452,8 +439,7 @@ def load_small_set(name, root, split):
             try:
                 found = opener(root, download=rank() == 0, **options)
             except (OSError, RuntimeError) as error:
-                why = str(error).partition("\n")[0]
-                raise UserError(f"cannot open or fetch {name} in {root} ({why}): pass --data-root") from None
+                raise UserError(f"cannot open {name} in {root} ({error}): pass --data-root") from None
         gather(torch.zeros(1))  # the others wait
     images = torch.as_tensor(found.data)
     if images.ndim == 3:  # grey: three channels that share their memory
@@ -513,10 +499,7 @@ def draw_shapes(count, size, seed):
 
 
 # --------------------------------------------------------------------------------------------------------- Augmentation
-#
-# torchvision's operations over a batch, with a parameter for each image. The CPU decides which images an operation
-# changes, so that nothing waits for the device.
-
+# The CPU decides which images of a batch an operation changes, so that nothing waits for the device.
 CROP_PARAMS = 23  # random numbers for a crop and a flip: ten tries of area and aspect ratio, position, flip
 
 
@@ -630,19 +613,11 @@ def gaussian_blur(images, sigma):
     return blurred.view_as(images)
 
 
-@dataclass(frozen=True)
-class View:
-    """How to make a view of an image: crop, resize to `size` pixels, flip with probability 1/2, then `augment`.
-
-    scale: range of the crop's area, as a part of the image's; None: the whole image (centre crop of an image file).
-    augment: a function (images, rng) -> images, floats (n, 3, size, size) in [0, 1] on the device. The NumPy generator
-    is the same on all processes: draw for n * world_size() images, then take the `local_share`. It may return several
-    rows an image.
-    """
-
-    size: int
-    scale: tuple | None = (0.2, 1.0)
-    augment: Callable | None = augment_color
+# How to make a view of an image: crop, resize to `size` pixels, flip with probability 1/2, then `augment`.
+# scale: range of the crop's area, as a part of the image's; None: the whole image (centre crop of an image file).
+# augment: None or a function (images, rng) -> images, floats (n, 3, size, size) in [0, 1] on the device; it may return
+# several rows an image. rng is the same on all processes: draw for n * world_size() images, take the `local_share`.
+View = namedtuple("View", "size scale augment", defaults=((0.2, 1.0), augment_color))
 
 
 def normalize(images, mean_std):
@@ -693,9 +668,7 @@ class Loader:
         self.step, self.stop = step, min(stop, (epoch + 1) * len(self))
         for offset, (views, labels) in enumerate(to_device(self.loader, self.device)):
             rng = np.random.default_rng([self.seed, epoch, step + offset, 1])
-            for i, view in enumerate(self.views):
-                if view.augment:
-                    views[i] = view.augment(views[i], rng)
+            views = [view.augment(x, rng) if view.augment else x for view, x in zip(self.views, views, strict=True)]
             yield [normalize(images, self.dataset.mean_std) for images in views], labels
 
 
