@@ -27,9 +27,9 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import traceback
-import weakref
 import zipfile
 from collections import OrderedDict, namedtuple
 from functools import cache, partial
@@ -93,8 +93,7 @@ def run_script(main):
         elif isinstance(error, KeyboardInterrupt):
             status, message = 130, "interrupted; the same command continues from the last checkpoint"
         elif isinstance(error, RuntimeError) and lost:  # gloo's or NCCL's; their other errors are printed whole
-            message = f"{script}: lost contact with another process, which ended without a message ({lost[0]})"
-            message = message if rank() == 0 else ""
+            message = "" if rank() else f"{script}: lost contact with another process ({lost[0]})"
     if not dist.is_initialized():
         if status != 2 or os.environ.get("LOCAL_RANK", "0") == "0":  # all processes meet the same mistake
             tqdm.write(message, file=sys.stderr)
@@ -180,10 +179,9 @@ def all_reduce(x):
 
 
 def shuffle(x):
-    """This process's rows of the global batch interleaved across processes, for shuffled BatchNorm (MoCo, section 3.3).
+    """This process's rows (N, ...) of the global batch, interleaved across processes, for shuffled BatchNorm.
 
-    The key encoder then normalizes each image among other images than the query encoder, so that batch statistics do
-    not reveal the positive pair. (N, ...) -> (N, ...); the batch is in random order already.
+    Batch statistics then do not reveal the positive pair (MoCo, section 3.3). The batch is in random order already.
     """
     return gather(x)[rank() :: world_size()]
 
@@ -332,10 +330,9 @@ class FolderDataset:
 
 @cache
 def list_folder(root):
-    """Paths, labels and class names of the images in ROOT/CLASS/, in the order of torchvision's ImageFolder.
+    """Paths, labels (N,) and class names of the images in ROOT/CLASS/, in torchvision's order; rank 0 lists them once.
 
     Paths: uint8 (N, longest path), each row the bytes of a path and zeros: a tensor, which workers do not copy.
-    labels: (N,). Rank 0 lists a folder, once in a run, for all processes.
     """
     listing = None
     if rank() == 0:
@@ -361,8 +358,7 @@ def read_image(path):
                 grey = np.where(levels == image.info.get("transparency"), 255, np.rint(levels / 257))
                 return torch.from_numpy(grey.astype(np.uint8)).expand(3, -1, -1)
             if image.has_transparency_data:
-                white = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(white, image.convert("RGBA"))
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
             return TF.pil_to_tensor(image.convert("RGB"))
 
 
@@ -370,10 +366,9 @@ def crop_image(image, view, random_params):
     """One view of a uint8 image (3, H, W); random_params: (1, CROP_PARAMS)."""
     (box,), (flip,) = random_crops(random_params, *image.shape[1:], view.scale)
     if view.scale is None:  # shorter side to 256 where the crop is 224, the protocol of every paper here
-        crop = TF.resize(image, [round(view.size * 256 / 224)], antialias=True)
-        crop = TF.center_crop(crop, [view.size, view.size])
+        crop = TF.center_crop(TF.resize(image, [round(view.size * 256 / 224)], antialias=True), [view.size] * 2)
     else:
-        crop = TF.resized_crop(image, *box.tolist(), [view.size, view.size], antialias=True)
+        crop = TF.resized_crop(image, *box.tolist(), [view.size] * 2, antialias=True)
     return TF.horizontal_flip(crop) if flip else crop
 
 
@@ -389,10 +384,9 @@ def load_dataset(data, data_root, split, device, image_size=32):
     """
     name, _, count = (data or "").partition(":")
     if name == "shapes":
-        count = count or "8000"
-        if not count.isdecimal() or int(count) < 10:
+        if not re.fullmatch(r"([1-9]\d+)?", count):
             raise UserError(f"--data {data}: pass a number of images, at least 10, as in shapes:2000")
-        count, seed = (2000, 1) if split == "val" else (int(count), 0)
+        count, seed = (2000, 1) if split == "val" else (int(count or 8000), 0)
         return ArrayDataset(*draw_shapes(count, image_size, seed), 10, device)
     if data in SMALL_SETS:
         mean_std = CIFAR_MEAN_STD if data.startswith("cifar") else IMAGENET_MEAN_STD
@@ -556,8 +550,7 @@ def resize_weights(start, length, full, size):
 def draw_color(rng, n, size):
     """Random parameters of MoCo v2's colour operations for n images, a dict of arrays.
 
-    Jitter (0.4, 0.4, 0.4, 0.1) with probability 0.8, its four operations in random order; grey with 0.2; blur with 0.5.
-    Its sigma is 0.1 to 2 at 224 pixels, in proportion at other sizes: at 32 pixels 2 would remove most of the content.
+    The paper's sigma is for 224 pixels and follows the image size here: at 32 pixels it would leave little content.
     """
     return {
         "jitter": rng.random(n) < 0.8,
@@ -633,8 +626,8 @@ def normalize(images, mean_std):
 class Loader:
     """Batches of random views: the same images for any number of processes and workers.
 
-    All random numbers of a batch follow from (seed, epoch, step), so that a resumed run needs no random state. They are
-    drawn for the global batch, and each process takes its share. An epoch leaves out what does not fill a last batch.
+    All random numbers of the global batch follow from (seed, epoch, step); each process takes its share, and a resume
+    needs no random state. An epoch leaves out the images that do not fill a last batch.
     """
 
     def __init__(self, dataset, views, batch_size, seed, workers, device):
@@ -643,7 +636,7 @@ class Loader:
         if batch_size % world_size():
             raise UserError(f"--batch-size {batch_size} cannot be shared out over {world_size()} processes")
         self.dataset, self.views, self.batch_size, self.seed, self.device = dataset, views, batch_size, seed, device
-        self.loader = make_dataloader(dataset, weakref.proxy(self), workers, device)  # workers end with this object
+        self.loader = make_dataloader(dataset, self, workers, device)
 
     def __len__(self):
         return len(self.dataset) // self.batch_size
@@ -684,8 +677,17 @@ def worker_init(worker):
     """Make a worker ignore signals that reach all processes of a run: the main process needs it to save the run."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))  # ends it then, if the main process waits for its end
     sys.excepthook = lambda *error: None  # of the thread that sends batches, when the main process is gone
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=exit_with_parent, daemon=True).start()
+
+
+def exit_with_parent():
+    """End this process when its parent, and no other process, sends SIGTERM."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        continue
+    os._exit(0)
 
 
 def to_device(loader, device):
