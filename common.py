@@ -242,8 +242,8 @@ def common_parser(script, docstring, *, epochs, batch_size, lr, weight_decay):
     workers = min(8, max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     add("--workers", type=number(int, 0), default=workers, help="decoding processes a GPU (default %(default)s)")
     add("--out", default=f"runs/{script}", help="the run's folder (default %(default)s)")
-    add("--checkpoint-minutes", type=positive_float, default=10.0, help="save so often (default %(default)s)")
-    add("--max-bad-images", type=number(int, 0), default=100, help="more unreadable ones end it (default %(default)s)")
+    add("--checkpoint-minutes", type=positive_float, default=10.0, help="between two checkpoints (default %(default)s)")
+    add("--max-bad-images", type=number(int, 0), default=100, help="unreadable images allowed (default %(default)s)")
     add("--amp", choices=list(AMP), default="off", help="mixed precision (default %(default)s, as in the papers)")
     add("--compile", action="store_true", help="torch.compile the networks")
     add("--tensorboard", action="store_true", help="write TensorBoard events too (needs the package tensorboard)")
@@ -339,8 +339,7 @@ def list_folder(root):
         try:
             found = torchvision.datasets.ImageFolder(root)
         except OSError as error:
-            names = ", ".join(SMALL_SETS)
-            raise UserError(f"{error}: pass --data FOLDER with train/ and val/ in it, or one of {names}") from None
+            raise UserError(f"{root}: {error}: pass --data FOLDER with train/ and val/ in it, or shapes") from None
         paths = np.array([os.fsencode(path) for path, _ in found.samples])
         listing = paths, np.array(found.targets), found.classes
     paths, labels, classes = broadcast(listing)

@@ -182,7 +182,7 @@ def parse_args():
     add("--queue-size", type=common.positive_int, default=65536, help="embeddings compared (default %(default)s)")
     add("--student-temperature", type=common.positive_float, default=0.2, help="default %(default)s, the paper's")
     add("--teacher-temperature", type=common.positive_float, default=0.01, help="default %(default)s, the paper's")
-    add("--small-crops", type=common.number(int, 0), default=0, help="an image (default %(default)s; 6 for SwAV)")
+    add("--small-crops", type=common.number(int, 0), default=0, help="crops an image (default %(default)s; 6 for SwAV)")
     add("--small-size", type=common.positive_int, help="pixels of the small crops (default: 96 of 224, in proportion)")
     add("--warmup-epochs", type=common.number(int, 0), default=5, help="default %(default)s, the paper's")
     add("--knn-every", type=common.positive_int, help="log k-NN accuracy every so many epochs (default: never)")
