@@ -18,7 +18,6 @@ import copy
 import difflib
 import fcntl
 import hashlib
-import inspect
 import json
 import math
 import os
@@ -27,15 +26,12 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import textwrap
 import threading
 import time
 import traceback
 import zipfile
 from collections import OrderedDict, namedtuple
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
@@ -78,45 +74,43 @@ def run_script(main):
 
     Exit status: 2 and one line for a `UserError`, 143 for a run that a signal stopped, 130 for Ctrl-C, else 1.
     """
-    script, connected = Path(sys.argv[0]).name, dist.is_initialized
+    script = Path(sys.argv[0]).name
     try:
         main()
-        if connected():
+        if dist.is_initialized():
             dist.destroy_process_group()
         return
     except (Exception, Stopped, KeyboardInterrupt) as error:
-        if connected():
+        if dist.is_initialized():
             for number in (signal.SIGINT, *STOP_SIGNALS):  # torchrun now sends them to all processes
                 signal.signal(number, signal.SIG_IGN)
         status, message = 1, traceback.format_exc()
-        gone = re.search(r"Connection (closed|reset) by \w*\s?peer|Broken pipe|ncclRemoteError", str(error))
+        lost = re.search(r"Connection (closed|reset) by \w*\s?peer|Broken pipe|ncclRemoteError", str(error))
         if isinstance(error, UserError):
-            status, message = 2, f"{script}: error: {error}"
+            status, message = 2, f"{script}: error: {textwrap.shorten(str(error), 1000)}"
         elif isinstance(error, Stopped):
             status, message = 143, f"{script}: {error}"
         elif isinstance(error, KeyboardInterrupt):
             status, message = 130, "interrupted; the same command continues from the last checkpoint"
-        elif isinstance(error, RuntimeError) and gone:  # of gloo or NCCL; any other reason of theirs is printed whole
-            message = f"{script}: lost contact with another process, which ended without a message ({gone[0]})"
-            message = message if rank() == 0 else ""
-    if not connected():
+        elif isinstance(error, RuntimeError) and lost:  # gloo's or NCCL's; their other errors are printed whole
+            message = "" if rank() else f"{script}: lost contact with another process ({lost[0]})"
+    if not dist.is_initialized():
         if status != 2 or os.environ.get("LOCAL_RANK", "0") == "0":  # all processes meet the same mistake
             tqdm.write(message, file=sys.stderr)
         sys.exit(status)
     with contextlib.suppress(dist.DistError):  # the store is gone, with the process that failed first
         if message and dist.distributed_c10d._get_default_store().add("failures", 1) == 1:
-            tqdm.write("\n" * (rank() > 0) + message, file=sys.stderr)  # not in the line of rank 0's progress bar
+            tqdm.write(f"\n{message}", file=sys.stderr)  # not in the line of rank 0's progress bar
     sys.stdout.flush(), sys.stderr.flush()
-    if rank() == 0:
-        time.sleep(1)  # the other processes may still ask the store, if rank 0 hosts it
+    time.sleep(1)  # other processes may still ask the store, if this one hosts it
     os._exit(status)  # a normal exit waits for collectives with processes that are gone
 
 
 def init_device(seed):
     """Connect torchrun's processes, seed torch and return this process's device.
 
-    All processes take the same seed, so that they build the same networks and queue without exchanging them.
-    Raises UserError where a machine has fewer GPUs than processes, and where the processes cannot connect.
+    The seed is the same on all processes, so that they build the same networks and queue. Raises UserError where a
+    machine has fewer GPUs than processes, and where the processes cannot connect.
     """
     torch.manual_seed(seed)
     device, options = torch.device("cpu"), {"backend": "gloo"}
@@ -137,40 +131,27 @@ def init_device(seed):
             store = dist.PrefixStore(f"attempt {attempt}", store)
             dist.init_process_group(store=store, rank=number, world_size=count, **options)
         except (ValueError, dist.DistNetworkError) as error:
-            error = str(error).splitlines()[0]
             raise UserError(f"cannot connect the processes ({error}): start with torchrun") from None
     return device
 
 
 def sgd(params, lr, weight_decay):
-    """Fused SGD with momentum 0.9; params as in torch.optim.
-
-    Its momentum buffers start at zero, which changes no step. Without them, fused SGD allocates them in the first step
-    and leaves them uninitialized if GradScaler skips that step.
-    """
+    """Fused SGD with momentum 0.9; params as in torch.optim."""
     optimizer = torch.optim.SGD(params, lr, momentum=0.9, weight_decay=weight_decay, fused=True)
+    # Otherwise SGD leaves its momentum buffers uninitialized if GradScaler skips the first step
     for group in optimizer.param_groups:
         for param in group["params"]:
             optimizer.state[param]["momentum_buffer"] = torch.zeros_like(param)
     return optimizer
 
 
-def set_lr(optimizer, lr):
-    """Set the learning rate of all parameters."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-
-
 def distribute(model):
-    """The model in DistributedDataParallel if several processes train it.
-
-    Each process keeps the BatchNorm statistics of its share of the batch; rank 0's are saved and evaluated.
-    """
+    """The model, in DistributedDataParallel if there are several processes; each keeps its own BatchNorm statistics."""
     if world_size() == 1:
         return model
-    known = inspect.signature(DistributedDataParallel).parameters  # renamed in torch 2.14
-    option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    return DistributedDataParallel(model, **{option: False})
+    ddp_model = DistributedDataParallel(model)
+    ddp_model.forward_sync_buffers = ddp_model.broadcast_buffers = False  # torch 2.14 renamed it
+    return ddp_model
 
 
 def broadcast(value):
@@ -179,14 +160,6 @@ def broadcast(value):
     if world_size() > 1:
         dist.broadcast_object_list(values, src=0)
     return values[0]
-
-
-def gather_objects(value):
-    """Every process's value, any Python object, in the order of ranks: a list."""
-    values = [value] * world_size()
-    if world_size() > 1:
-        dist.all_gather_object(values, value)
-    return values
 
 
 def gather(x):
@@ -206,19 +179,15 @@ def all_reduce(x):
 
 
 def shuffle(x):
-    """This process's rows of the global batch interleaved across processes, for shuffled BatchNorm (MoCo, section 3.3).
+    """This process's rows (N, ...) of the global batch, interleaved across processes, for shuffled BatchNorm.
 
-    The key encoder then normalizes each image among other images than the query encoder did, so that batch statistics
-    do not reveal the positive pair. The batch is in random order already, so interleaving needs no random numbers, and
-    a resume restores none. x: (N, ...) of this process; returns (N, ...).
+    Batch statistics then do not reveal the positive pair (MoCo, section 3.3). The batch is in random order already.
     """
-    return gather(x)[rank() :: world_size()] if world_size() > 1 else x
+    return gather(x)[rank() :: world_size()]
 
 
 def unshuffle(x):
     """Undo `shuffle` and gather: (N, ...) of this process -> (world_size * N, ...) in the order of the global batch."""
-    if world_size() == 1:
-        return x
     return gather(x).unflatten(0, (world_size(), len(x))).transpose(0, 1).flatten(0, 1)
 
 
@@ -239,13 +208,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind, low, high=math.inf, *, open_below=False):
-    """Type of an argument that is an int or a float from low to high (low excluded with `open_below`)."""
+    """Type of an argument that is an int or a float from low to high; with `open_below`, low itself is refused."""
 
     def parse(text):
         value = kind(text)
-        if not (low < value if open_below else low <= value) or not value <= high or value == math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not {'above' if open_below else 'at least'} {low}"
-                                             + f" and at most {high}" * (high < math.inf))  # fmt: skip
+        if not low <= value <= high or (open_below and value == low):
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return value
 
     parse.__name__ = kind.__name__  # argparse prints it if the text is no number
@@ -261,8 +229,7 @@ def common_parser(script, docstring, *, epochs, batch_size, lr, weight_decay):
     """Parser with the arguments that mean the same in every script; the method's own defaults come in as keywords."""
     parser = Parser(description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--data", help=f"folder with train/ and val/, one folder a class in each (default data/imagenet), or one of "
-        f"{', '.join(SMALL_SETS)}[:COUNT], images drawn by the program")  # fmt: skip
+    add("--data", help=f"folder with train/ and val/ (default data/imagenet) or one of {', '.join(SMALL_SETS)}[:COUNT]")
     add("--data-root", default="data", help="where torchvision keeps or puts the small sets (default %(default)s)")
     add("--image-size", type=positive_int, help="pixels (default 224 for a folder, 96 for stl10, else 32)")
     add("--epochs", type=positive_int, default=epochs, help="default %(default)s, the paper's")
@@ -273,13 +240,10 @@ def common_parser(script, docstring, *, epochs, batch_size, lr, weight_decay):
         add("--lr", type=positive_float, default=lr, help="learning rate (default %(default)s, for the default batch)")
     add("--seed", type=number(int, 0), default=0, help="of weights, order and augmentation (default %(default)s)")
     workers = min(8, max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    add("--workers", type=number(int, 0), default=workers, help="decoding processes a GPU, for folders (default "
-        "%(default)s: 8, but no more than this machine's cores)")  # fmt: skip
+    add("--workers", type=number(int, 0), default=workers, help="decoding processes a GPU (default %(default)s)")
     add("--out", default=f"runs/{script}", help="the run's folder (default %(default)s)")
-    add("--checkpoint-minutes", type=positive_float, default=10.0, help="save so often, besides at an epoch's end and "
-        "on a signal (default %(default)s)")  # fmt: skip
-    add("--max-bad-images", type=number(int, 0), default=100, help="more unreadable images end the run; up to so "
-        "many are named and others take their places (default %(default)s)")  # fmt: skip
+    add("--checkpoint-minutes", type=positive_float, default=10.0, help="between two checkpoints (default %(default)s)")
+    add("--max-bad-images", type=number(int, 0), default=100, help="unreadable images allowed (default %(default)s)")
     add("--amp", choices=list(AMP), default="off", help="mixed precision (default %(default)s, as in the papers)")
     add("--compile", action="store_true", help="torch.compile the networks")
     add("--tensorboard", action="store_true", help="write TensorBoard events too (needs the package tensorboard)")
@@ -288,10 +252,8 @@ def common_parser(script, docstring, *, epochs, batch_size, lr, weight_decay):
 
 # ----------------------------------------------------------------------------------------------------------------- Data
 
-# Sets that stay in memory, and the pixels of their images
-SMALL_SETS = {"cifar10": 32, "cifar100": 32, "stl10": 96, "fashion_mnist": 32, "shapes": 32}
-# Mean and standard deviation of red, green and blue, as released networks expect them.
-IMAGENET_MEAN_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SMALL_SETS = {"cifar10": 32, "cifar100": 32, "stl10": 96, "fashion_mnist": 32, "shapes": 32}  # pixels of their images
+IMAGENET_MEAN_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of red, green and blue
 CIFAR_MEAN_STD = (0.5071, 0.4866, 0.4409), (0.2675, 0.2565, 0.2761)
 # The key of both data sets: indices of n images, views to make of each, random numbers (views, n, CROP_PARAMS), and
 # (seed, epoch), which choose replacements of unreadable images; None for evaluation.
@@ -343,60 +305,45 @@ class FolderDataset:
         """Views of a `BatchRequest`, uint8 tensors (n, 3, size, size), labels (n,) and {unreadable path: reason}.
 
         Another image, chosen by seed, epoch and index, replaces an unreadable one; in evaluation, a black image with
-        label -1. An error is returned and not raised, because a worker would raise it as a traceback.
+        label -1. An error is returned, because a worker would raise it as a traceback.
         """
         n, unreadable = len(request.indices), {}
         views = [torch.zeros(n, 3, view.size, view.size, dtype=torch.uint8) for view in request.views]
         labels = torch.full((n,), -1)
         for row, index in enumerate(request.indices):
-            image = self.read(index, unreadable)
-            for attempt in range(9 if request.seeds else 0):
-                if image is None:
+            for attempt in range(10 if request.seeds else 1):
+                if attempt:
                     index = np.random.default_rng([*request.seeds, index, attempt]).integers(len(self))
-                    image = self.read(index, unreadable)
-            if image is not None:
-                labels[row] = self.labels[index]
+                path = self.path(index)
+                try:
+                    image, labels[row] = read_image(path), self.labels[index]
+                    break
+                except Exception as error:  # decoders raise many types for broken files
+                    unreadable[path] = str(error).partition("\n")[0] or type(error).__name__
+            if labels[row] >= 0:
                 for rows, view, random_params in zip(views, request.views, request.random_params, strict=True):
                     rows[row] = crop_image(image, view, random_params[row : row + 1])
             elif request.seeds:
-                path, reason = unreadable.popitem()
-                return UserError(f"10 unreadable images in a row, the last {path} ({reason}): repair or remove them")
+                return UserError(f"10 unreadable images in a row, the last {path} ({unreadable[path]}): remove them")
         return views, labels, unreadable
-
-    def read(self, index, unreadable):
-        """Pixels of an image; if it cannot be decoded, None, and `unreadable` gets its path and the reason."""
-        path = self.path(index)
-        try:
-            return read_image(path)
-        except Exception as error:  # decoders raise many types for broken files
-            unreadable[path] = (str(error).splitlines() or [type(error).__name__])[0]
 
 
 @cache
 def list_folder(root):
-    """Paths, labels and class names of the images in ROOT/CLASS/, in the order of torchvision's ImageFolder.
+    """Paths, labels (N,) and class names of the images in ROOT/CLASS/, in torchvision's order; rank 0 lists them once.
 
-    Paths: uint8 (N, longest path), each row the bytes of a path and zeros; labels: (N,). One process of each machine
-    lists a folder, once in a run, into a temporary file, which its other processes and all workers map.
+    Paths: uint8 (N, longest path), each row the bytes of a path and zeros: a tensor, which workers do not copy.
     """
-    local_rank, listing = int(os.environ.get("LOCAL_RANK", 0)), None
-    try:
-        if local_rank == 0:
+    listing = None
+    if rank() == 0:
+        try:
             found = torchvision.datasets.ImageFolder(root)
-            file = tempfile.NamedTemporaryFile()
-            paths = np.array([os.fsencode(path) for path, _ in found.samples])
-            file.write(paths)
-            file.flush()
-            listing = file.name, np.bincount(found.targets), found.classes
-    except OSError as error:
-        raise UserError(f"cannot list {root} ({str(error).splitlines()[0]})") from None
-    name, counts, classes = gather_objects(listing)[rank() - local_rank]
-    with open(name, "r+b") as shared:  # torch sends such a storage to spawned workers as a file descriptor
-        storage = torch.UntypedStorage._new_shared_fd_cpu(shared.fileno(), os.stat(name).st_size)
-    gather(torch.zeros(1))  # all have opened the file before it loses its name
-    labels = torch.arange(len(classes)).repeat_interleave(torch.from_numpy(counts))
-    paths = torch.empty(0, dtype=torch.uint8).set_(storage).view(len(labels), -1)
-    return paths, labels, classes
+        except OSError as error:
+            raise UserError(f"{root}: {error}: pass --data FOLDER with train/ and val/ in it, or shapes") from None
+        paths = np.array([os.fsencode(path) for path, _ in found.samples])
+        listing = paths, np.array(found.targets), found.classes
+    paths, labels, classes = broadcast(listing)
+    return torch.from_numpy(paths.view(np.uint8).reshape(len(paths), -1)), torch.from_numpy(labels), classes
 
 
 def read_image(path):
@@ -410,8 +357,7 @@ def read_image(path):
                 grey = np.where(levels == image.info.get("transparency"), 255, np.rint(levels / 257))
                 return torch.from_numpy(grey.astype(np.uint8)).expand(3, -1, -1)
             if image.has_transparency_data:
-                white = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(white, image.convert("RGBA"))
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
             return TF.pil_to_tensor(image.convert("RGB"))
 
 
@@ -419,10 +365,9 @@ def crop_image(image, view, random_params):
     """One view of a uint8 image (3, H, W); random_params: (1, CROP_PARAMS)."""
     (box,), (flip,) = random_crops(random_params, *image.shape[1:], view.scale)
     if view.scale is None:  # shorter side to 256 where the crop is 224, the protocol of every paper here
-        crop = TF.resize(image, [round(view.size * 256 / 224)], antialias=True)
-        crop = TF.center_crop(crop, [view.size, view.size])
+        crop = TF.center_crop(TF.resize(image, [round(view.size * 256 / 224)], antialias=True), [view.size] * 2)
     else:
-        crop = TF.resized_crop(image, *box.tolist(), [view.size, view.size], antialias=True)
+        crop = TF.resized_crop(image, *box.tolist(), [view.size] * 2, antialias=True)
     return TF.horizontal_flip(crop) if flip else crop
 
 
@@ -432,27 +377,20 @@ def default_image_size(data):
 
 
 def load_dataset(data, data_root, split, device, image_size=32):
-    """One split of a data set.
+    """One split of a data set: "pretrain" (all images that a method may use without labels), "train" or "val".
 
-    data: a folder, a name of `SMALL_SETS`, or "shapes:COUNT"; None means data/imagenet.
-    split: "pretrain" (all images that a method may use without labels), "train" or "val".
-    image_size: pixels of drawn images.
+    data: a folder, a name of `SMALL_SETS` or "shapes:COUNT"; None means data/imagenet. image_size: of drawn images.
     """
     name, _, count = (data or "").partition(":")
     if name == "shapes":
-        count = count or "8000"
-        if not count.isdecimal() or int(count) < 10:
+        if not re.fullmatch(r"([1-9]\d+)?", count):
             raise UserError(f"--data {data}: pass a number of images, at least 10, as in shapes:2000")
-        count, seed = (2000, 1) if split == "val" else (int(count), 0)
+        count, seed = (2000, 1) if split == "val" else (int(count or 8000), 0)
         return ArrayDataset(*draw_shapes(count, image_size, seed), 10, device)
     if data in SMALL_SETS:
         mean_std = CIFAR_MEAN_STD if data.startswith("cifar") else IMAGENET_MEAN_STD
         return ArrayDataset(*load_small_set(data, data_root, split), device, mean_std)
-    folder = Path(data or "data/imagenet") / ("train" if split == "pretrain" else split)
-    if not folder.is_dir():
-        names = ", ".join(SMALL_SETS)
-        raise UserError(f"no folder {folder}: pass --data FOLDER with train/ and val/ in it, or one of {names}")
-    return FolderDataset(folder)
+    return FolderDataset(Path(data or "data/imagenet") / ("train" if split == "pretrain" else split))
 
 
 def load_labelled(data, data_root, device, image_size=32):
@@ -468,10 +406,9 @@ def subsample_per_class(dataset, fraction, seed):
     """A data set of `fraction` of each class's images, at least one, chosen by the seed."""
     if fraction == 1:
         return dataset
-    labels = dataset.labels.cpu().numpy()
-    order = np.random.default_rng([seed, 2006]).permutation(len(labels))
-    by_class = order[np.argsort(labels[order], kind="stable")]
-    classes = np.split(by_class, np.cumsum(np.bincount(labels))[:-1])
+    order = np.random.default_rng([seed, 2006]).permutation(len(dataset))
+    labels = dataset.labels.cpu().numpy()[order]
+    classes = [order[labels == number] for number in range(dataset.num_classes)]
     kept = [members[: max(1, round(fraction * len(members)))] for members in classes]
     return subset(dataset, np.sort(np.concatenate(kept)))
 
@@ -485,22 +422,17 @@ def subset(dataset, indices):
 
 
 def load_small_set(name, root, split):
-    """Images (N, 3, H, W) as uint8, labels (N,) and number of classes of one of torchvision's sets, fetched if missing.
-
-    Rank 0 fetches it; where machines do not share `root`, one process of each other machine then does.
-    """
+    """uint8 images (N, 3, H, W), labels (N,) and number of classes of a set of torchvision's; rank 0 fetches it."""
     names = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10", "fashion_mnist": "FashionMNIST"}
     opener, options = getattr(torchvision.datasets, names[name]), {"train": split != "val"}
     if name == "stl10":
         options = {"split": {"pretrain": "unlabeled", "train": "train", "val": "test"}[split]}
-    found, fetch = None, int(os.environ.get("LOCAL_RANK", 0)) == 0
-    for own_turn in (rank() == 0, fetch, True):
-        if own_turn and found is None:
+    for own_turn in (rank() == 0, rank() > 0):
+        if own_turn:
             try:
-                found = opener(root, download=fetch, **options)
+                found = opener(root, download=rank() == 0, **options)
             except (OSError, RuntimeError) as error:
-                reason = str(error).splitlines()[0]
-                raise UserError(f"cannot open or fetch {name} in {root} ({reason}): pass --data-root") from None
+                raise UserError(f"cannot open {name} in {root} ({error}): pass --data-root") from None
         gather(torch.zeros(1))  # the others wait
     images = torch.as_tensor(found.data)
     if images.ndim == 3:  # grey: three channels that share their memory
@@ -527,17 +459,15 @@ TEXTURES = {  # patterns over points (u, v), mostly of period 2 pi; one ink wher
 def draw_shapes(count, size, seed):
     """Draw the built-in set: uint8 images (count, 3, size, size) and labels (count,) in ten classes of equal size.
 
-    A class is the texture of a disc. Position, angle, scale, the texture's phase and period, which of two inks is the
-    lighter one, background and noise vary. Colours are one palette with small changes: with free colours, a contrastive
-    loss would tell images apart by colour and learn nothing else.
+    A class is the texture of a disc; all else varies. Colours are one palette with small changes: with free colours, a
+    contrastive loss would tell images apart by colour and learn nothing else.
     """
     images = np.empty((count, 3, size, size), dtype=np.uint8)
-    labels = np.arange(count) % len(TEXTURES)
     rng = np.random.default_rng([seed, 2104])
-    rng.shuffle(labels)
+    labels = rng.permutation(np.arange(count) % len(TEXTURES))
     palette = np.array([[0.85, 0.65, 0.35], [0.25, 0.35, 0.60], [0.50, 0.50, 0.45], [0.40, 0.45, 0.55]])
     grid = ((np.arange(size) + 0.5) / size - 0.5).astype(np.float32)
-    for start in range(0, count, 1000):  # a thousand images at a time, to keep memory small
+    for start in range(0, count, 1000):  # in parts, to keep memory small
         texture = labels[start : start + 1000]
 
         def vary(low, high, channels=1, count=texture.size):
@@ -552,7 +482,7 @@ def draw_shapes(count, size, seed):
         for i, wave in enumerate(TEXTURES.values()):
             pattern[texture == i] = wave(pattern_u[texture == i], pattern_v[texture == i])
         inside = np.clip(0.5 - (np.hypot(u, v) - 1) * radius * size, 0, 1)  # edges one pixel soft
-        ink = np.clip(0.5 + 2 * pattern * np.sign(vary(-1, 1)), 0, 1)
+        ink = np.clip(0.5 + 2 * pattern, 0, 1)
         shade = np.clip(0.5 + vary(-0.3, 0.3) * grid + vary(-0.3, 0.3) * grid[:, None], 0, 1)
         light, dark, ground1, ground2 = (color[:, None, None] + vary(-0.05, 0.05, 3) for color in palette)
         image = inside * (ink * light + (1 - ink) * dark) + (1 - inside) * (shade * ground1 + (1 - shade) * ground2)
@@ -562,10 +492,7 @@ def draw_shapes(count, size, seed):
 
 
 # --------------------------------------------------------------------------------------------------------- Augmentation
-#
-# torchvision's operations over a batch, with a parameter for each image. The CPU decides which images an operation
-# changes, so that nothing waits for the device.
-
+# The CPU decides which images of a batch an operation changes, so that nothing waits for the device.
 CROP_PARAMS = 23  # random numbers for a crop and a flip: ten tries of area and aspect ratio, position, flip
 
 
@@ -573,8 +500,8 @@ def random_crops(random_params, height, width, scale):
     """RandomResizedCrop's boxes and random flips, in images of height x width.
 
     random_params: (n, CROP_PARAMS) in [0, 1). scale: range of a box's area, as a part of the image's; None gives whole
-    images. Of ten tries of area and aspect ratio (3/4 to 4/3), the first that fits; if none fits, the largest centre
-    crop of such a ratio. Returns boxes, (n, 4) integers top, left, height, width, and flips, (n,) bool.
+    images. Of ten tries of area and aspect ratio (3/4 to 4/3) the first that fits, else the largest centre crop of such
+    a ratio. Returns boxes, (n, 4) integers top, left, height, width, and flips, (n,) bool.
     """
     flips = random_params[:, 22] < 0.5
     if scale is None:
@@ -592,10 +519,9 @@ def random_crops(random_params, height, width, scale):
 
 
 def crop_and_resize(images, boxes, flips, size):
-    """Crop, resize (bilinear, antialiased) and flip each image of a batch by its own box: (n, 3, size, size).
+    """Crop, resize (bilinear, antialiased) and flip float images (n, 3, H, W): (n, 3, size, size).
 
-    This is a linear map along each axis, hence two batched matrix products. images: (n, 3, H, W) float;
-    boxes: (n, 4) top, left, height, width; flips: (n,) bool.
+    boxes, flips: from `random_crops`. This is linear along each axis, hence two batched matrix products.
     """
     n, channels, height, width = images.shape
     flips = torch.from_numpy(flips).to(images.device, non_blocking=True)[:, None, None]
@@ -623,9 +549,7 @@ def resize_weights(start, length, full, size):
 def draw_color(rng, n, size):
     """Random parameters of MoCo v2's colour operations for n images, a dict of arrays.
 
-    Jitter (0.4, 0.4, 0.4, 0.1) with probability 0.8, its four operations in random order; grey with 0.2; blur of sigma
-    0.1 to 2 with 0.5. The paper's sigma is for 224 pixels and follows the image size here: at 32 pixels the same sigma
-    would remove most of the image's content.
+    The paper's sigma is for 224 pixels and follows the image size here: at 32 pixels it would leave little content.
     """
     return {
         "jitter": rng.random(n) < 0.8,
@@ -681,19 +605,11 @@ def gaussian_blur(images, sigma):
     return blurred.view_as(images)
 
 
-@dataclass(frozen=True)
-class View:
-    """How to make a view of an image: crop, resize to `size` pixels, flip with probability 1/2, then `augment`.
-
-    scale: range of the crop's area, as a part of the image's; None: the whole image (centre crop of an image file).
-    augment: None, or a function (images, rng) that returns images: a batch of floats (n, 3, size, size) in [0, 1] on
-    the device, n a process. All processes have the same rng, a numpy.random.Generator: the function draws for the
-    global batch, n * world_size() images, and takes its `local_share`. It may return several rows an image.
-    """
-
-    size: int
-    scale: tuple | None = (0.2, 1.0)
-    augment: Callable | None = augment_color
+# How to make a view of an image: crop, resize to `size` pixels, flip with probability 1/2, then `augment`.
+# scale: range of the crop's area, as a part of the image's; None: the whole image (centre crop of an image file).
+# augment: None or a function (images, rng) -> images, floats (n, 3, size, size) in [0, 1] on the device; it may return
+# several rows an image. rng is the same on all processes: draw for n * world_size() images, take the `local_share`.
+View = namedtuple("View", "size scale augment", defaults=((0.2, 1.0), augment_color))
 
 
 def normalize(images, mean_std):
@@ -709,9 +625,8 @@ def normalize(images, mean_std):
 class Loader:
     """Batches of random views: the same images for any number of processes and workers.
 
-    All random numbers of a batch follow from (seed, epoch, step). They are drawn here for the global batch, and each
-    process takes its share, so that a resumed run needs no random state. An epoch is len(self) steps; the images that
-    do not fill a last batch are left out, others in each epoch.
+    All random numbers of the global batch follow from (seed, epoch, step); each process takes its share, and a resume
+    needs no random state. An epoch leaves out the images that do not fill a last batch.
     """
 
     def __init__(self, dataset, views, batch_size, seed, workers, device):
@@ -745,9 +660,7 @@ class Loader:
         self.step, self.stop = step, min(stop, (epoch + 1) * len(self))
         for offset, (views, labels) in enumerate(to_device(self.loader, self.device)):
             rng = np.random.default_rng([self.seed, epoch, step + offset, 1])
-            for i, view in enumerate(self.views):
-                if view.augment:
-                    views[i] = view.augment(views[i], rng)
+            views = [view.augment(x, rng) if view.augment else x for view, x in zip(self.views, views, strict=True)]
             yield [normalize(images, self.dataset.mean_std) for images in views], labels
 
 
@@ -760,14 +673,10 @@ def make_dataloader(dataset, requests, workers, device):
 
 
 def worker_init(worker):
-    """Make a worker ignore signals that a scheduler or a terminal sends to all processes of a run.
-
-    The main process needs its workers until the run is saved; then it ends them by SIGTERM.
-    """
+    """Make a worker ignore signals that reach all processes of a run: the main process needs it to save the run."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    # Only the thread that sends batches calls this hook, when the main process has closed the connection.
-    sys.excepthook = lambda *error: None
+    sys.excepthook = lambda *error: None  # of the thread that sends batches, when the main process is gone
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=exit_with_parent, daemon=True).start()
@@ -1639,7 +1548,10 @@ class Run:
 
     def name_unreadable(self):
         """Name each unreadable image once, in the log and to the user; too many of them end the run."""
-        found = {path: reason for images in gather_objects(FolderDataset.unreadable) for path, reason in images.items()}
+        everyones = [FolderDataset.unreadable] * world_size()
+        if world_size() > 1:
+            dist.all_gather_object(everyones, FolderDataset.unreadable)
+        found = {path: reason for images in everyones for path, reason in images.items()}
         for path in sorted(found.keys() - self.named):
             self.log({"unreadable": path, "reason": found[path]})
             if rank() == 0:

@@ -25,10 +25,7 @@ import common
 
 
 def info_nce(query, key, queue, temperature):
-    """InfoNCE (van den Oord et al., 2018; MoCo, equation 1), averaged over the batch.
-
-    query, key: (N, D) unit rows, row i of both being two views of image i; queue: (K, D) unit rows, the negatives.
-    """
+    """InfoNCE (MoCo, equation 1), averaged, of unit rows: query, key (N, D), two views of N images; queue (K, D)."""
     query = query / temperature
     positive = (query * key).sum(dim=1)
     negatives = query @ queue.T
@@ -88,15 +85,12 @@ class DisCo(nn.Module):
             return {"loss": self.distill_weight * distill, "distill": distill}, None
 
         with torch.no_grad():
-            self.update_mean_student()
+            # Of the parameters alone: BatchNorm statistics are not averaged
+            self.update_average(list(self.mean_student.parameters()), list(self.student.parameters()), None)
             keys = common.unshuffle(F.normalize(self.mean_student(common.shuffle(view2)), dim=1))
         contrastive = info_nce(student1, common.local_share(keys), self.queue, self.temperature)
         loss = contrastive + self.distill_weight * distill
         return {"loss": loss, "contrastive": contrastive, "distill": distill}, keys
-
-    def update_mean_student(self):
-        """Update the moving average of the student's parameters; BatchNorm statistics are not averaged."""
-        self.update_average(list(self.mean_student.parameters()), list(self.student.parameters()), None)
 
     @torch.no_grad()
     def enqueue(self, keys):
@@ -146,8 +140,7 @@ def main():
     evaluate = common.knn_probe(student, args, size, device)
 
     for epoch in run.epochs(args.epochs, len(loader), evaluate, args.knn_every):
-        lr = cosine_lr(args.lr, epoch, args.epochs)
-        common.set_lr(optimizer, lr)
+        lr = optimizer.param_groups[0]["lr"] = cosine_lr(args.lr, epoch, args.epochs)
         for (view1, view2), _ in run.batches(loader):
             losses, keys = ddp_model(view1, view2)
             optimizer.zero_grad()
@@ -162,17 +155,13 @@ def main():
 def parse_args():
     parser = common.common_parser("disco", __doc__, epochs=200, batch_size=256, lr=0.03, weight_decay=1e-4)
     add = parser.add_argument
-    add("--teacher", required=True, help="file of a frozen teacher: a checkpoint of moco_v2.py, a released one or a "
-        "program (.pt2); or torchvision, its labelled weights of --teacher-arch")  # fmt: skip
+    add("--teacher", required=True, help="teacher's file, or torchvision for labelled weights of --teacher-arch")
     add("--teacher-arch", help="the teacher's network (default: read from its file)")
     add("--trust-teacher", action="store_true", help="run a .pt2 teacher, which can hold any code")
     add("--student", required=True, help="network, any of torchvision's or of CIFAR's (common.CIFAR_NETWORKS)")
-    add("--hidden-dim", type=common.positive_int, default=2048, help="hidden layer of the student's head (default "
-        "%(default)s: wide, against the distilling bottleneck)")  # fmt: skip
-    add("--distill-weight", type=common.positive_float, default=32.0, help="of the distillation term (default "
-        "%(default)s: the released code sums over 32 images a GPU; the paper writes 1)")  # fmt: skip
-    add("--teacher-bn", choices=["running", "batch"], default="running", help="statistics that the teacher "
-        "normalises with (default %(default)s; the released code takes the batch's)")  # fmt: skip
+    add("--hidden-dim", type=common.positive_int, default=2048, help="of the student's head (default %(default)s)")
+    add("--distill-weight", type=common.positive_float, default=32.0, help="default %(default)s, as released; paper: 1")
+    add("--teacher-bn", choices=["running", "batch"], default="running", help="default %(default)s; batch as released")
     add("--no-contrastive", action="store_true", help="distillation alone, without InfoNCE, mean student and queue")
     add("--queue-size", type=common.positive_int, default=65536, help="negatives (default %(default)s)")
     add("--momentum", type=common.fraction, default=0.999, help="of the moving average (default %(default)s)")

@@ -27,10 +27,7 @@ import common
 
 
 def info_nce(query, key, queue, temperature):
-    """InfoNCE (van den Oord et al., 2018; MoCo, equation 1), averaged over the batch.
-
-    query, key: (N, D) unit rows, row i of both being two views of image i; queue: (K, D) unit rows, the negatives.
-    """
+    """InfoNCE (MoCo, equation 1), averaged, of unit rows: query, key (N, D), two views of N images; queue (K, D)."""
     query = query / temperature
     positive = (query * key).sum(dim=1)
     negatives = query @ queue.T
@@ -60,13 +57,10 @@ class MoCo(nn.Module):
         """Losses of two views (N, 3, H, W) of the same images, and the keys (B, dim) of all processes to enqueue."""
         query = F.normalize(self.encoder(view1), dim=1)
         with torch.no_grad():
-            self.update_momentum_encoder()
+            # Of the parameters alone: BatchNorm statistics are not averaged
+            self.update_average(list(self.momentum_encoder.parameters()), list(self.encoder.parameters()), None)
             keys = common.unshuffle(F.normalize(self.momentum_encoder(common.shuffle(view2)), dim=1))
         return {"loss": info_nce(query, common.local_share(keys), self.queue, self.temperature)}, keys
-
-    def update_momentum_encoder(self):
-        """Update the moving average of the encoder's parameters; BatchNorm statistics are not averaged."""
-        self.update_average(list(self.momentum_encoder.parameters()), list(self.encoder.parameters()), None)
 
     @torch.no_grad()
     def enqueue(self, keys):
@@ -112,8 +106,7 @@ def main():
     evaluate = common.knn_probe(encoder, args, size, device)
 
     for epoch in run.epochs(args.epochs, len(loader), evaluate, args.knn_every):
-        lr = cosine_lr(args.lr, epoch, args.epochs)
-        common.set_lr(optimizer, lr)
+        lr = optimizer.param_groups[0]["lr"] = cosine_lr(args.lr, epoch, args.epochs)
         for (view1, view2), _ in run.batches(loader):
             losses, keys = ddp_model(view1, view2)
             optimizer.zero_grad()

@@ -9,7 +9,6 @@ queue of the teacher's embeddings, and to the image's own, moves to the teacher'
     all embeddings L2-normalised.
 
     torchrun --nproc_per_node=8 seed.py --teacher moco_v2_800ep_pretrain.pth.tar --student mobilenet_v3_large
-    torchrun --nproc_per_node=8 seed.py --teacher dinov2_vitb14_pretrain.pth --student efficientnet_b0
     torchrun --nproc_per_node=8 seed.py --teacher swav_800ep_pretrain.pth.tar --student efficientnet_b0 --small-crops 6
     python seed.py --data shapes --teacher runs/teacher/checkpoint.pth --student resnet8 --queue-size 2048
 """
@@ -26,10 +25,7 @@ import common
 
 
 def similarities(embedding, own, queue, temperature):
-    """Similarities to the teacher's own embedding of the image, then to the queue, over the temperature: (N, 1 + K).
-
-    embedding, own: (N, D) unit rows; queue: (K, D) unit rows.
-    """
+    """Similarities of unit rows (N, D) to the teacher's own of the images, then to the queue (K, D): (N, 1 + K)."""
     embedding = embedding / temperature  # (N, D), before anything of size K is made
     return torch.cat([(embedding * own).sum(dim=1, keepdim=True), embedding @ queue.T], dim=1)
 
@@ -115,10 +111,7 @@ class SEED(nn.Module):
 
 
 def warmup_cosine_lr(lr, batch_size, epoch, epochs, warmup_epochs=5):
-    """Learning rate of an epoch, as released: lr is for a batch of 256 and scales with the batch.
-
-    Linear warm-up from lr itself to the scaled one, then half a cosine to 0, a step an epoch.
-    """
+    """Learning rate of an epoch, as released: a linear warm-up from lr to the scaled one, then half a cosine to 0."""
     scaled = lr * batch_size / 256
     if epoch < warmup_epochs:
         return lr + (scaled - lr) * epoch / warmup_epochs
@@ -165,7 +158,7 @@ def main():
 
     for epoch in run.epochs(args.epochs, len(loader), evaluate, args.knn_every):
         lr = warmup_cosine_lr(args.lr, args.batch_size, epoch, args.epochs, args.warmup_epochs)
-        common.set_lr(optimizer, lr)
+        optimizer.param_groups[0]["lr"] = lr
         for (view, *small), _ in run.batches(loader):
             losses, keys = ddp_model(view, torch.stack(small, dim=1) if small else None)
             optimizer.zero_grad()
@@ -180,23 +173,17 @@ def main():
 def parse_args():
     parser = common.common_parser("seed", __doc__, epochs=200, batch_size=256, lr=0.03, weight_decay=1e-4)
     add = parser.add_argument
-    add("--teacher", required=True, help="file of a frozen teacher: a checkpoint of moco_v2.py, a released one or a "
-        "program (.pt2); or torchvision, its labelled weights of --teacher-arch")  # fmt: skip
+    add("--teacher", required=True, help="teacher's file, or torchvision for labelled weights of --teacher-arch")
     add("--teacher-arch", help="the teacher's network (default: read from its file)")
     add("--trust-teacher", action="store_true", help="run a .pt2 teacher, which can hold any code")
     add("--student", required=True, help="network, any of torchvision's or of CIFAR's (common.CIFAR_NETWORKS)")
-    add("--hidden-dim", type=common.positive_int, help="hidden layer of the student's head (default: as wide as the "
-        "features)")  # fmt: skip
-    add("--objective", choices=list(OBJECTIVES), default="seed", help="what the student learns from the teacher "
-        "(default %(default)s; the others are the paper's ablations)")  # fmt: skip
+    add("--hidden-dim", type=common.positive_int, help="of the student's head (default: as wide as the features)")
+    add("--objective", choices=list(OBJECTIVES), default="seed", help="default %(default)s; others are ablations")
     add("--queue-size", type=common.positive_int, default=65536, help="embeddings compared (default %(default)s)")
     add("--student-temperature", type=common.positive_float, default=0.2, help="default %(default)s, the paper's")
-    add("--teacher-temperature", type=common.positive_float, default=0.01, help="default %(default)s, the paper's (the "
-        "released code's default is 1e-4)")  # fmt: skip
-    add("--small-crops", type=common.number(int, 0), default=0, help="more crops of each image, of 0.05 to 0.14 of its "
-        "area (default %(default)s; 6 with SwAV teachers)")  # fmt: skip
-    add("--small-size", type=common.positive_int, help="pixels of the small crops (default: 96 where the image size is "
-        "224, else in proportion)")  # fmt: skip
+    add("--teacher-temperature", type=common.positive_float, default=0.01, help="default %(default)s, the paper's")
+    add("--small-crops", type=common.number(int, 0), default=0, help="crops an image (default %(default)s; 6 for SwAV)")
+    add("--small-size", type=common.positive_int, help="pixels of the small crops (default: 96 of 224, in proportion)")
     add("--warmup-epochs", type=common.number(int, 0), default=5, help="default %(default)s, the paper's")
     add("--knn-every", type=common.positive_int, help="log k-NN accuracy every so many epochs (default: never)")
     return parser.parse_args()
