@@ -1453,8 +1453,9 @@ def writing(path, mode="ab"):
             yield file
             file.flush()
             os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:  # torch.save hides the cause
-        raise UserError(f"cannot write {path} ({error.__context__ or error}): then, the same command continues") from None
+    except (OSError, RuntimeError) as error:
+        cause = error.__context__ or error  # torch.save hides it
+        raise UserError(f"cannot write {path} ({cause}): correct that, then run the same command again") from None
 
 
 def atomic_write(path, write):
