@@ -198,10 +198,10 @@ def gather(x):
     return torch.cat(parts)
 
 
-def all_reduce(x):
+def all_reduce(x, op=dist.ReduceOp.SUM):
     """Sum every process's tensor, in place, and return it."""
     if world_size() > 1:
-        dist.all_reduce(x)
+        dist.all_reduce(x, op)
     return x
 
 
@@ -1447,12 +1447,10 @@ FREE_ARGUMENTS = {"out", "data_root", "workers", "max_steps", "knn_every", "chec
 
 @contextlib.contextmanager
 def writing(path, mode="ab"):
-    """Open a file and flush it to disk at the end; an error, as of a full disk, becomes a UserError."""
+    """Open a file; an error, as of a full disk, becomes a UserError."""
     try:
         with open(path, mode) as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:
         cause = error.__context__ or error  # torch.save hides it
         raise UserError(f"cannot write {path} ({cause}): correct that, then run the same command again") from None
@@ -1463,6 +1461,8 @@ def atomic_write(path, write):
     temporary = path.with_name(f".{path.name}.tmp")
     with writing(temporary, "wb") as file:
         write(file)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
@@ -1605,13 +1605,13 @@ class Run:
             self.bar.set_postfix(loss=f"{means['loss']:.3f}", lr=f"{lr:.2g}", epoch=self.epoch, refresh=False)
             self.losses, self.clock = [], (self.step, time.perf_counter())
             self.name_unreadable()
-        # All processes save, and stop, after the same step
+        # All processes do the same after the same step: 1 is to save, more is a signal's number, to save and stop
         due = rank() == 0 and time.monotonic() - self.saved_at > 60 * self.args.checkpoint_minutes
-        due, number = gather(torch.tensor([[due, self.stop_signal]])).amax(dim=0).tolist()
-        if due or number:
+        wanted = all_reduce(torch.tensor(self.stop_signal or int(due)), dist.ReduceOp.MAX).item()
+        if wanted:
             self.save()
-        if number:
-            self.stop(number)
+        if wanted > 1:
+            self.stop(wanted)
 
     def average_losses(self):
         """Losses since the last line of the log, (steps, losses) on the CPU, averaged over the processes."""
@@ -1658,6 +1658,7 @@ class Run:
         self.check_finite("a weight", largest.isfinite()[None])
         if rank() == 0:
             with writing(self.folder / "log.jsonl") as log:
+                os.fsync(log.fileno())
                 log_bytes = log.tell()
             checkpoint = {
                 **self.metadata,

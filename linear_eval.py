@@ -300,8 +300,7 @@ def print_table(results, protocol):
 def parse_args():
     parser = common.common_parser("linear_eval", __doc__, epochs=100, batch_size=256, lr=None, weight_decay=0.0)
     add = parser.add_argument
-    add("--weights", nargs="+", required=True, help="files (backbone.pth, checkpoint.pth, any teacher), or random or "
-        "torchvision, the untrained or labelled network of --arch")  # fmt: skip
+    add("--weights", nargs="+", required=True, help="files; random or torchvision: --arch untrained or with labels")
     add("--trust-teacher", action="store_true", help="run .pt2 programs, which can hold any code")
     add("--arch", help="network of random and torchvision (files store theirs)")
     add("--lr", type=common.positive_float, nargs="+", default=[30.0, 10.0, 3.0, 1.0, 0.3, 0.1], help="learning "
