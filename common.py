@@ -1452,7 +1452,7 @@ def writing(path, mode="ab"):
         with open(path, mode) as file:
             yield file
     except (OSError, RuntimeError) as error:
-        cause = error.__context__ or error  # torch.save hides it
+        cause = error if isinstance(error, OSError) else error.__context__ or error  # torch.save hides it
         raise UserError(f"cannot write {path} ({cause}): correct that, then run the same command again") from None
 
 
@@ -1553,8 +1553,7 @@ class Run:
         load_strict(model, {**checkpoint["model"], **frozen}, str(path))
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
-        device = next(model.parameters()).device
-        self.losses = [row.to(device) for row in checkpoint["losses"]]
+        self.losses = [row.to(next(model.parameters()).device) for row in checkpoint["losses"]]
         self.named |= set(checkpoint["unreadable"])
         if rank() == 0:
             print(f"continuing from step {self.step} of {self.folder}", file=sys.stderr)
@@ -1678,8 +1677,7 @@ class Run:
         """Stop after the current step, or now if everything is saved; called when a signal arrives."""
         self.stop_signal = number
         if not self.unsaved and os.getpid() == self.pid:  # and not a worker that starts
-            name = signal.Signals(number).name
-            raise Stopped(f"stopped by {name}, everything is saved in {self.folder}; the same command continues")
+            raise Stopped(f"stopped by {signal.Signals(number).name}, everything is saved; the same command continues")
 
     def finish(self, backbone):
         """Write backbone.pth: the network without head, under torchvision's keys."""
