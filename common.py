@@ -171,10 +171,10 @@ def gather(x):
     return torch.cat(parts)
 
 
-def all_reduce(x):
+def all_reduce(x, op=dist.ReduceOp.SUM):
     """Sum every process's tensor, in place, and return it."""
     if world_size() > 1:
-        dist.all_reduce(x)
+        dist.all_reduce(x, op)
     return x
 
 
@@ -1233,11 +1233,12 @@ def load_strict(module, state, what, assign=False):
 
 # ----------------------------------------------------------------------------------------------------------- Evaluation
 
+KNN_BLOCK = 32  # queries of all processes that are compared at a time
+
 
 def center_crops(indices, image_size):
     """The `BatchRequest` of evaluation: no random crop, no flip."""
-    random_params = np.broadcast_to(1.0, (1, len(indices), CROP_PARAMS))
-    return BatchRequest(indices, [View(image_size, scale=None)], random_params, None)
+    return BatchRequest(indices, [View(image_size, scale=None)], np.ones((1, len(indices), CROP_PARAMS)), None)
 
 
 @torch.no_grad()
@@ -1267,39 +1268,27 @@ def extract_features(encoder, dataset, image_size, batch_size, workers, device):
     return features, gather(labels)
 
 
-KNN_BLOCK = 128, 2**13  # queries of all processes and training images that are compared at a time
-
-
 def nearest_neighbours(train, queries, k):
     """The k training images of highest cosine similarity, nearest first: similarities and image numbers.
 
     train: features and labels from `extract_features`. queries: features (M, D); each process passes M of its own and
-    gets their neighbours. Yields (m, k) tensors for m of the queries at a time. Among equal similarities the lower
-    number comes first. Where fewer than k images can be read, the last similarities are -inf.
+    gets their neighbours, (M, k) each. Among equal similarities the lower number comes first. Where fewer than k images
+    can be read, the last similarities are -inf.
     """
-
-    def nearest(similarity, numbers):
-        similarity, places = similarity.topk(min(k, similarity.shape[1]), dim=1)
-        return similarity, numbers.gather(1, places)
-
-    features, labels = train
+    (features, labels), found = train, []
     norms = features.norm(dim=1).clamp(min=1e-12)
     numbers = local_share(torch.arange(len(labels), device=labels.device))
     # Subtracted in float64: less than the rounding error of a similarity, it decides between equal ones.
     offsets = (numbers.double() * 2**-52).masked_fill(local_share(labels) < 0, torch.inf)
-    for own in queries.split(max(1, KNN_BLOCK[0] // world_size())):
+    for own in queries.split(max(1, KNN_BLOCK // world_size())):
         everyones = F.normalize(gather(own), dim=1)
-        found = offsets.new_empty(len(everyones), 0), numbers.new_empty(len(everyones), 0)
-        for start in range(0, len(features), KNN_BLOCK[1]):
-            part = slice(start, start + KNN_BLOCK[1])
-            similarity = (everyones @ features[part].T).div_(norms[part]) - offsets[part]
-            block = similarity, numbers[part].expand(len(everyones), -1)
-            found = nearest(*(torch.cat(pair, dim=1) for pair in zip(found, block, strict=True)))
-        # The queries of this process, and what every share has for them: (m, world_size * k)
-        shape = world_size(), world_size(), len(own), -1
-        found = (gather(part).view(shape)[:, rank()].transpose(0, 1).flatten(1) for part in found)
-        similarity, found = nearest(*found)
-        yield similarity.float(), found
+        similarity = (everyones @ features.T).div_(norms) - offsets
+        similarity, places = similarity.topk(min(k, len(features)), dim=1)
+        # What all shares have for the queries of this process: (world_size * m, k) -> (m, world_size * k)
+        similarity, images = (local_share(unshuffle(x).view(len(x), -1)) for x in (similarity, numbers[places]))
+        similarity, places = similarity.topk(min(k, similarity.shape[1]), dim=1)
+        found.append((similarity.float(), images.gather(1, places)))
+    return [torch.cat(parts) for parts in zip(*found, strict=True)]
 
 
 def knn_accuracy(train, val, ks, num_classes, temperature=0.07):
@@ -1308,17 +1297,14 @@ def knn_accuracy(train, val, ks, num_classes, temperature=0.07):
     train, val: features and labels from `extract_features`. A plain vote counts 1, a weighted one
     exp(similarity / temperature) (Wu et al., 2018). Ties go to the class of the lower number.
     """
-    targets = local_share(val[1])
-    right = torch.zeros(2, len(ks), dtype=torch.long, device=targets.device)
-    for similarity, numbers in nearest_neighbours(train, val[0], max(ks)):
-        labels, own = train[1][numbers].clamp(min=0), targets[: len(numbers)]
-        targets = targets[len(numbers) :]
-        for i, weight in enumerate((similarity.isfinite().float(), (similarity / temperature).exp())):
-            for j, k in enumerate(ks):
-                votes = weight.new_zeros(len(labels), num_classes).scatter_add_(1, labels[:, :k], weight[:, :k])
-                right[i, j] += (votes.argmax(dim=1) == own).sum()
-    percent = 100 * all_reduce(right).double() / (val[1] >= 0).sum()
-    plain, weighted = (dict(zip(ks, row, strict=True)) for row in percent.tolist())
+    similarity, numbers = nearest_neighbours(train, val[0], max(ks))
+    labels, targets, right = train[1][numbers].clamp(min=0), local_share(val[1]), []
+    for weight in (similarity.isfinite().float(), (similarity / temperature).exp()):
+        for k in ks:
+            votes = weight.new_zeros(len(labels), num_classes).scatter_add_(1, labels[:, :k], weight[:, :k])
+            right.append((votes.argmax(dim=1) == targets).sum())
+    percent = 100 * all_reduce(torch.stack(right)).double() / (val[1] >= 0).sum()
+    plain, weighted = (dict(zip(ks, row, strict=True)) for row in percent.view(2, -1).tolist())
     return {"knn": plain, "knn_weighted": weighted}
 
 
@@ -1327,10 +1313,9 @@ def knn_probe(encoder, args, image_size, device):
     if not args.knn_every:
         return None
     sets = load_labelled(args.data, args.data_root, device, image_size)
-    options = image_size, args.batch_size, args.workers, device
 
     def evaluate():
-        train, val = (extract_features(encoder, dataset, *options) for dataset in sets)
+        train, val = (extract_features(encoder, x, image_size, args.batch_size, args.workers, device) for x in sets)
         return {"knn": knn_accuracy(train, val, [20], sets[0].num_classes)["knn"][20]}
 
     return evaluate
@@ -1352,9 +1337,8 @@ def writing(path, mode="ab"):
         with open(path, mode) as file:
             yield file
     except (OSError, RuntimeError) as error:
-        error = error if isinstance(error, OSError) else error.__context__ or error  # torch.save hides the cause
-        raise UserError(f"cannot write {path} ({getattr(error, 'strerror', error)}): free space or correct the "
-                        "permissions, then run the same command again") from None  # fmt: skip
+        cause = error if isinstance(error, OSError) else error.__context__ or error  # torch.save hides it
+        raise UserError(f"cannot write {path} ({cause}): correct that, then run the same command again") from None
 
 
 def atomic_write(path, write):
@@ -1371,45 +1355,36 @@ class Run:
     """A run's folder: config.json, log.jsonl, views.png, checkpoint.pth and backbone.pth. Only rank 0 uses it.
 
     The same command in the same folder continues where it stopped. Other arguments or inputs are refused, and so is a
-    second process while the first one works.
-    datasets: those whose size and classes belong to the run; files: those whose content does; metadata: what else
-    config.json and the checkpoints hold.
+    second process while the first one works. Inputs are the size and classes of `datasets` and the content of `files`
+    (what is no file is ignored). metadata: what else config.json and the checkpoints hold.
     """
 
     def __init__(self, script, args, *datasets, files=(), **metadata):
         self.script, self.args, self.folder, self.metadata = script, args, Path(args.out), metadata
-        self.mean_std = datasets[0].mean_std if datasets else IMAGENET_MEAN_STD
         self.step, self.epoch, self.lr = 0, 0, 0.0
         self.losses, self.named = [], set()  # since the last line of the log; unreadable images that it names
         self.unsaved, self.saved_at = False, time.monotonic()
-        self.stop_signal, self.asked, self.writer, self.pid = None, None, None, os.getpid()
+        self.stop_signal, self.of, self.writer, self.pid = 0, None, None, os.getpid()
         FolderDataset.unreadable.clear()
         for number in STOP_SIGNALS:
-            signal.signal(number, self.on_signal)
+            signal.signal(number, self.stop)
         if rank() > 0:
             return
-        contents = {file: Path(file).read_bytes() for file in files if file != "torchvision"}
-        config = {
-            "script": script,
-            **metadata,
-            "arguments": {k: v for k, v in json.loads(json.dumps(vars(args))).items() if k != "out"},
-            "inputs": {
-                "images": [len(dataset) for dataset in datasets],
-                "classes": [dataset.num_classes for dataset in datasets],
-                **{f"content of {file}": hashlib.sha256(data).hexdigest()[:16] for file, data in contents.items()},
-            },
-            "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                         "torchvision": torchvision.__version__, "git_commit": git_commit()},
-            "processes": world_size(),
-        }  # fmt: skip
+        inputs = {"images": [len(data) for data in datasets], "classes": [data.num_classes for data in datasets]}
+        for file in files:
+            if file and Path(file).is_file():
+                inputs[f"content of {file}"] = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
+        failed, commit = subprocess.getstatusoutput(f'git -C "{Path(__file__).parent}" rev-parse HEAD 2> /dev/null')
+        versions = {"python": platform.python_version(), "torch": torch.__version__,
+                    "torchvision": torchvision.__version__, "git_commit": None if failed else commit}  # fmt: skip
+        config = {"script": script, **metadata, "arguments": vars(args), "inputs": inputs, "versions": versions,
+                  "processes": world_size()}  # fmt: skip
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock()
             self.refuse_other_run(config)
-        except OSError as error:
-            raise UserError(f"cannot write to --out {self.folder}: {error.strerror}") from None
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"cannot read {self.folder / 'config.json'} ({error}): pass another --out") from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"cannot use {self.folder / 'config.json'} ({error}): pass another --out") from None
         self.write("config.json", config)
 
     def lock(self):
@@ -1419,8 +1394,7 @@ class Run:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, workers of a killed process do not hold it
         except (BlockingIOError, PermissionError):
-            raise UserError(f"{self.folder} is in use by {path.read_text()}: pass another --out, or stop that process "
-                            "first") from None  # fmt: skip
+            raise UserError(f"{self.folder} is in use by {path.read_text()}: stop it, or pass another --out") from None
         except OSError as error:
             print(f"warning: cannot lock {self.folder} ({error.strerror}): start no second run there", file=sys.stderr)
         os.ftruncate(lock, 0)
@@ -1429,41 +1403,29 @@ class Run:
     def refuse_other_run(self, config):
         """Raise UserError if the folder holds another run; arguments that its version did not have are ignored."""
         path = self.folder / "config.json"
-        if not path.exists():
-            found = [name for name in ("checkpoint.pth", "backbone.pth", "eval.json") if (self.folder / name).exists()]
-            if found:
-                raise UserError(f"{self.folder} holds {found[0]} but no config.json: pass another --out")
-            return
-        old, new = ({"script": c["script"], **c["arguments"], **c["inputs"]}
-                    for c in (json.loads(path.read_text()), config))  # fmt: skip
-        names = sorted(name for name in (old.keys() & new.keys()) - FREE_ARGUMENTS if old[name] != new[name])
-        if names:
+        if path.exists():
+            configs = map(json.loads, (path.read_text(), json.dumps(config)))
+            old, new = ({"script": c["script"], **c["arguments"], **c["inputs"]} for c in configs)
             flags = {name: name.replace("_", "-") for name in vars(self.args)}
-            differ = "; ".join(f"{flags.get(name, name)} {old[name]} there, {new[name]} here" for name in names)
-            raise UserError(f"{self.folder} holds another run ({differ}): pass another --out")
+            names = sorted(name for name in (old.keys() & new.keys()) - FREE_ARGUMENTS if old[name] != new[name])
+            found = [f"{flags.get(name, name)} {old[name]} there, {new[name]} here" for name in names]
+        else:
+            names = "checkpoint.pth", "backbone.pth", "eval.json"
+            found = [f"{name}, but no config.json" for name in names if (self.folder / name).exists()]
+        if found:
+            raise UserError(f"{self.folder} holds another run ({'; '.join(found)}): pass another --out")
 
-    def resume(self, model, optimizer, scaler, **metadata):
+    def resume(self, model, optimizer, scaler, of=None):
         """Load checkpoint.pth into model, optimizer and scaler; without one, save the start.
 
-        Rank 0 reads it for all processes. A checkpoint `of` other weights than these is ignored.
+        Rank 0 reads it for all processes. of: weights that are evaluated; a checkpoint of others is ignored.
         """
-        self.state, self.metadata = (model, optimizer, scaler), {**self.metadata, **metadata}
-        path, log = self.folder / "checkpoint.pth", self.folder / "log.jsonl"
+        self.state, self.of = (model, optimizer, scaler), of
+        path = self.folder / "checkpoint.pth"
         checkpoint = broadcast(load_file(path, whole=True) if rank() == 0 and path.exists() else {})
-        if checkpoint.get("of") != self.metadata.get("of"):
+        if checkpoint.get("of") != of:
             checkpoint = {}
         self.step = checkpoint.get("step", 0)
-        device = next(model.parameters()).device
-        self.losses = [row.to(device) for row in checkpoint.get("losses", [])]
-        self.named = set(checkpoint.get("unreadable", []))
-        if checkpoint:
-            frozen = {k: v for k, v in model.state_dict().items() if k.startswith("teacher.")}
-            load_strict(model, {**checkpoint["model"], **frozen}, str(path))
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            scaler.load_state_dict(checkpoint["scaler"])
-        if rank() == 0 and log.exists() and (checkpoint or "of" not in self.metadata):
-            with writing(log) as file:  # the run writes the lines after the checkpoint again
-                file.truncate(min(checkpoint.get("log_bytes", 0), file.tell()))
         if self.args.tensorboard and rank() == 0:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -1471,19 +1433,26 @@ class Run:
                 raise UserError("--tensorboard needs another package: pip install tensorboard") from None
             self.writer = SummaryWriter(self.folder, purge_step=self.step)
         if not checkpoint:
-            self.save()  # shows now if the disk is full
-        elif rank() == 0:
+            return self.save()  # shows now if the disk is full
+        frozen = {k: v for k, v in model.state_dict().items() if k.startswith("teacher.")}
+        load_strict(model, {**checkpoint["model"], **frozen}, str(path))
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
+        self.losses = [row.to(next(model.parameters()).device) for row in checkpoint["losses"]]
+        self.named |= set(checkpoint["unreadable"])
+        if rank() == 0:
             print(f"continuing from step {self.step} of {self.folder}", file=sys.stderr)
+            with writing(self.folder / "log.jsonl") as log:  # the run writes the lines after the checkpoint again
+                log.truncate(min(checkpoint["log_bytes"], log.tell()))
 
     def epochs(self, epochs, steps, evaluate=None, every=1):
         """Yield the numbers of the epochs that are left, of `steps` steps each, with a checkpoint after each.
 
-        evaluate: a function whose dict of values is logged, before each `every`-th epoch, so that a resume repeats it
-        if it was interrupted, and at the end of the run.
+        evaluate: a function that returns a dict to log, called before each `every`-th epoch and at the end of the run.
         """
         self.steps, self.end = steps, min(epochs * steps, self.args.max_steps or epochs * steps)
         images = self.args.batch_size
-        self.bar = tqdm(desc=self.metadata.get("of", self.script), total=self.end * images, initial=self.step * images,
+        self.bar = tqdm(desc=self.of or self.script, total=self.end * images, initial=self.step * images,
                         unit="img", unit_scale=True, mininterval=1 if sys.stderr.isatty() else 30,
                         disable=rank() > 0)  # fmt: skip
         while True:
@@ -1494,8 +1463,7 @@ class Run:
             if self.step >= self.end:
                 break
             yield self.epoch
-            if self.unsaved:
-                self.save()
+            self.save()
         self.bar.close()
 
     def batches(self, loader):
@@ -1503,48 +1471,44 @@ class Run:
         self.clock = self.step, time.perf_counter()
         for views, labels in loader.batches(self.step, min(self.end, (self.epoch + 1) * self.steps)):
             if self.step == rank() == 0 and isinstance(loader, Loader):
-                self.draw_views(views)
+                self.draw_views(views, loader.dataset.mean_std)
             yield views, labels
 
     def track(self, losses, lr):
         """Count a step; log the mean losses every LOG_EVERY steps and at an epoch's end; save when it is time.
 
-        losses: {name: scalar tensor}. If one is not finite, UserError names the step, at the next line of the log or
-        before the next checkpoint.
+        losses: {name: scalar tensor}. One that is not finite raises UserError with the next log line or checkpoint.
         """
         self.step, self.lr, self.unsaved = self.step + 1, lr, True
         self.losses.append(torch.stack([value.detach() for value in losses.values()]))
         self.bar.update(self.args.batch_size)
         if len(self.losses) >= LOG_EVERY or self.step % self.steps == 0 or self.step == self.end:
             means = dict(zip(losses, self.average_losses().mean(dim=0).tolist(), strict=True))
-            first, start = self.clock
-            speed = (self.step - first) * self.args.batch_size / (time.perf_counter() - start)
-            title = {"weights": self.metadata["of"]} if "of" in self.metadata else {}
-            self.log({**title, **means, "lr": lr, "images_per_second": round(speed, 1)})
+            images, seconds = (self.step - self.clock[0]) * self.args.batch_size, time.perf_counter() - self.clock[1]
+            self.log({**means, "lr": lr, "images_per_second": round(images / seconds, 1)})
             self.bar.set_postfix(loss=f"{means['loss']:.3f}", lr=f"{lr:.2g}", epoch=self.epoch, refresh=False)
             self.losses, self.clock = [], (self.step, time.perf_counter())
             self.name_unreadable()
-        wanted = self.ask()
+        # All processes do the same after the same step: 1 is to save, more is a signal's number, to save and stop
+        due = rank() == 0 and time.monotonic() - self.saved_at > 60 * self.args.checkpoint_minutes
+        wanted = all_reduce(torch.tensor(self.stop_signal or int(due)), dist.ReduceOp.MAX).item()
         if wanted:
             self.save()
-        if wanted == 2:
-            self.stop()
+        if wanted > 1:
+            self.stop(wanted)
 
     def average_losses(self):
         """Losses since the last line of the log, (steps, losses) on the CPU, averaged over the processes."""
-        losses = all_reduce(torch.stack(self.losses)) / world_size()
-        self.losses = list(losses)
-        losses = losses.cpu()  # the only wait for the device
-        finite = losses.isfinite().all(dim=1).tolist()
-        if False in finite:
-            self.raise_not_finite("a loss", self.step - len(losses) + 1 + finite.index(False))
+        losses = all_reduce(torch.stack(self.losses)).cpu() / world_size()  # the only wait for the device
+        self.check_finite("a loss", losses.isfinite().all(dim=1))
         return losses
 
-    def raise_not_finite(self, what, step):
-        """Raise UserError for a loss or a weight."""
-        raise UserError(f"{what} is not finite at step {step}, epoch {self.epoch}, learning rate {self.lr:g}; the "
-                        f"checkpoint in {self.folder} is from before: lower --lr or use --amp off, with another "
-                        "--out")  # fmt: skip
+    def check_finite(self, what, finite):
+        """Raise UserError if a loss or a weight is not finite. finite: (steps,), of the last steps."""
+        if not finite.all():
+            step = self.step - len(finite) + 1 + finite.int().argmin().item()
+            where = f"step {step}, epoch {self.epoch}, learning rate {self.lr:g}"
+            raise UserError(f"{what} is not finite at {where}: lower --lr or use --amp off, with another --out")
 
     def name_unreadable(self):
         """Name each unreadable image once, in the log and to the user; too many of them end the run."""
@@ -1558,14 +1522,15 @@ class Run:
                 tqdm.write(f"warning: unreadable image {path} ({found[path]}), left out", file=sys.stderr)
         self.named |= found.keys()
         if len(self.named) > self.args.max_bad_images:
-            raise UserError(f"{len(self.named)} unreadable images, one of them {min(self.named)}: repair or remove "
-                            "them, or raise --max-bad-images")  # fmt: skip
+            found = f"{len(self.named)} unreadable images, one of them {min(self.named)}"
+            raise UserError(f"{found}: repair or remove them, or raise --max-bad-images")
 
     def log(self, values):
         """Append a line to log.jsonl (and to TensorBoard)."""
         if rank() == 0:
+            line = {"step": self.step, "epoch": self.epoch, **({"weights": self.of} if self.of else {}), **values}
             with writing(self.folder / "log.jsonl") as log:
-                log.write(json.dumps({"step": self.step, "epoch": self.epoch, **values}).encode() + b"\n")
+                log.write(json.dumps(line).encode() + b"\n")
         if self.writer:
             for name, value in values.items():
                 if isinstance(value, (int, float)):
@@ -1575,55 +1540,32 @@ class Run:
     def save(self):
         """Write checkpoint.pth, with all that a resume needs; a frozen teacher stays in its own file."""
         model, optimizer, scaler = self.state
-        if self.losses:
-            self.average_losses()
-        params = [param for group in optimizer.param_groups for param in group["params"]]
-        if not torch.stack([param.isfinite().all() for param in params]).all():
-            self.raise_not_finite("a weight", self.step)
+        losses = list(self.average_losses()) if self.losses else []
+        largest = torch.nn.utils.get_total_norm(model.parameters(), torch.inf)
+        self.check_finite("a weight", largest.isfinite()[None])
         if rank() == 0:
             with writing(self.folder / "log.jsonl") as log:
                 os.fsync(log.fileno())
                 log_bytes = log.tell()
             checkpoint = {
                 **self.metadata,
+                "of": self.of,
                 "step": self.step,
                 "model": {k: v for k, v in model.state_dict().items() if not k.startswith("teacher.")},
                 "optimizer": optimizer.state_dict(),
                 "scaler": scaler.state_dict(),
-                "losses": self.losses,
+                "losses": losses,
                 "log_bytes": log_bytes,
                 "unreadable": sorted(self.named),
             }
             atomic_write(self.folder / "checkpoint.pth", lambda file: torch.save(checkpoint, file))
-        self.unsaved, self.saved_at, self.asked = False, time.monotonic(), None
+        self.unsaved, self.saved_at = False, time.monotonic()
 
-    def ask(self):
-        """What the processes want: 0 nothing, 1 a checkpoint, since it is time, 2 to stop, since one got a signal.
-
-        All get the same answer at the same step. With several processes it answers the question of the step before, so
-        that none waits for another.
-        """
-        due = rank() == 0 and time.monotonic() - self.saved_at > 60 * self.args.checkpoint_minutes
-        wanted, asked = torch.tensor(2 if self.stop_signal else int(due)), self.asked
-        if world_size() == 1:
-            return wanted.item()
-        self.asked = wanted, dist.all_reduce(wanted, dist.ReduceOp.MAX, async_op=True)
-        if asked is None:
-            return 0
-        asked[1].wait()
-        return asked[0].item()
-
-    def on_signal(self, number, frame):
-        """Stop after the current step, or now if everything is saved."""
-        if os.getpid() == self.pid:  # and not a worker that starts
-            self.stop_signal = signal.Signals(number).name
-            if not self.unsaved:
-                self.stop()
-
-    def stop(self):
-        """Raise Stopped."""
-        reason = f"by {self.stop_signal}" if self.stop_signal else "with another process"
-        raise Stopped(f"stopped {reason}, everything is saved in {self.folder}; the same command continues")
+    def stop(self, number, frame=None):
+        """Stop after the current step, or now if everything is saved; called when a signal arrives."""
+        self.stop_signal = number
+        if not self.unsaved and os.getpid() == self.pid:  # and not a worker that starts
+            raise Stopped(f"stopped by {signal.Signals(number).name}, everything is saved; the same command continues")
 
     def finish(self, backbone):
         """Write backbone.pth: the network without head, under torchvision's keys."""
@@ -1631,28 +1573,15 @@ class Run:
             atomic_write(self.folder / "backbone.pth", lambda file: torch.save(backbone.state_dict(), file))
             print(f"{self.folder}: checkpoint.pth, backbone.pth, log.jsonl, views.png")
 
-    def draw_views(self, views):
-        """Write views.png: a row for each view, up to eight images wide. views: normalized (N, 3, size, size) each."""
-        mean, std = torch.tensor(self.mean_std)[..., None, None]
+    def draw_views(self, views, mean_std):
+        """Write views.png: a row for each view, eight images wide. views: normalized (N, 3, size, size) each."""
+        mean, std = torch.tensor(mean_std)[..., None, None]
         size = max(128, *(view.shape[-1] for view in views))
-        images = [F.interpolate(view[:8].cpu() * std + mean, (size, size), mode="nearest") for view in views]
-        save = partial(torchvision.utils.save_image, torch.cat(images).clamp(0, 1), nrow=8, format="png")
-        atomic_write(self.folder / "views.png", save)
-
-    def read(self, name):
-        """Content of a JSON file of the folder, on every process; None if there is none."""
-        path = self.folder / name
-        return broadcast(json.loads(path.read_text()) if rank() == 0 and path.exists() else None)
+        images = torch.cat([F.interpolate(view[:8].cpu() * std + mean, size) for view in views])
+        atomic_write(self.folder / "views.png", lambda file: torchvision.utils.save_image(images, file, format="png"))
 
     def write(self, name, content):
         """Write a JSON file into the folder, with lists of numbers in one line each."""
         if rank() == 0:
             text = re.sub(r"\[[^][{}]*\]", lambda found: re.sub(r"\s+", " ", found[0]), json.dumps(content, indent=2))
             atomic_write(self.folder / name, lambda file: file.write(text.encode() + b"\n"))
-
-
-def git_commit():
-    """The commit of the scripts; None outside a git checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -9,15 +9,12 @@ Fine-tuning (--finetune): the network itself is trained, at a learning rate of i
 either of them is the papers' semi-supervised test; with another data set, their transfer test. Without --image-size,
 images have the size that a checkpoint stores, 32 pixels for networks made for those, 224 for others.
 
-Each process keeps the features of its share of the images. Results do not depend on the number of processes.
-
     torchrun --nproc_per_node=8 linear_eval.py --weights runs/disco/backbone.pth
     torchrun --nproc_per_node=8 linear_eval.py --weights runs/disco/backbone.pth --label-fraction 0.01 --finetune
     python linear_eval.py --data shapes --cached --weights runs/disco/backbone.pth random --arch resnet8
 """
 
-import hashlib
-import time
+import json
 from pathlib import Path
 
 import numpy as np
@@ -36,18 +33,15 @@ class Probe(nn.Module):
 
     def __init__(self, dim, num_classes, rates):
         super().__init__()
-        self.heads = nn.ModuleList(linear_classifier(dim, num_classes) for _ in range(rates))
+        self.heads = nn.ModuleList()
+        for _ in range(rates):
+            head = nn.Linear(dim, num_classes)
+            nn.init.normal_(head.weight, std=0.01)  # as in the papers
+            nn.init.zeros_(head.bias)
+            self.heads.append(head)
 
     def forward(self, features):
         return torch.stack([head(features) for head in self.heads])
-
-
-def linear_classifier(dim, num_classes):
-    """A linear layer, initialised as in the papers: weights with a standard deviation of 0.01, biases of 0."""
-    head = nn.Linear(dim, num_classes)
-    nn.init.normal_(head.weight, std=0.01)
-    nn.init.zeros_(head.bias)
-    return head
 
 
 @torch.no_grad()
@@ -60,7 +54,7 @@ def evaluate(head, features, labels):
     labels = common.local_share(labels)
     features, labels = features[labels >= 0], labels[labels >= 0]
     classes = head.out_features
-    best = torch.cat([head(rows).topk(min(5, classes), dim=1).indices for rows in features.split(2**14)])
+    best = head(features).topk(min(5, classes), dim=1).indices
     confusion = torch.bincount(labels * classes + best[:, 0], minlength=classes**2).view(classes, classes)
     confusion = common.all_reduce(confusion)
     top5 = common.all_reduce((best == labels[:, None]).sum()).item()
@@ -73,9 +67,10 @@ def evaluate(head, features, labels):
     }
 
 
-STEPS = (0.1, (0.6, 0.8))  # MoCo, SEED: cut by 10 at 60 and 80 of 100 epochs
-HALVINGS = (0.5, (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.6, 0.8))  # DisCo's released code
-SCHEDULES = {"steps": STEPS, "halvings": HALVINGS}
+SCHEDULES = {  # factor, and the parts of all epochs after which it applies
+    "steps": (0.1, (0.6, 0.8)),  # MoCo, SEED
+    "halvings": (0.5, (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.6, 0.8)),  # DisCo's released code
+}
 
 
 def lr_factor(schedule, epoch, epochs):
@@ -104,20 +99,6 @@ class CachedBatches:
             yield [gather_rows(self.features, numbers)], self.labels[numbers]
 
 
-class FrozenBatches:
-    """Batches of a `common.Loader` as features from a frozen backbone: the whole batch on every process."""
-
-    def __init__(self, encoder, loader):
-        self.encoder, self.loader = encoder, loader
-
-    def __len__(self):
-        return len(self.loader)
-
-    def batches(self, step, stop):
-        for (images,), labels in self.loader.batches(step, stop):
-            yield [common.gather(self.encoder.features(images))], common.gather(labels)
-
-
 def gather_rows(features, numbers):
     """Features (n, dim) of the images with these numbers, on every process. features: this process's share."""
     rows = numbers - common.rank() * len(features)
@@ -131,12 +112,12 @@ def gather_rows(features, numbers):
 def main():
     args = parse_args()
     device = common.init_device(args.seed)
-    for name in args.weights:
-        if args.weights.count(name) > 1:
-            raise common.UserError(f"--weights names {name} twice")
-    files = {name: load_weights(args, name, args.image_size) for name in args.weights if name != "random"}
-    sizes = [encoder.backbone.image_size for encoder in files.values()]
-    size = args.image_size or max(sizes, default=common.default_image_size(args.data))
+    if len(set(args.weights)) < len(args.weights):
+        raise common.UserError(f"--weights {' '.join(args.weights)}: one is named twice")
+    size = args.image_size
+    if not size:
+        files = [load_weights(args, name) for name in args.weights if name != "random"]
+        size = max((file.backbone.image_size for file in files), default=common.default_image_size(args.data))
     train, val = common.load_labelled(args.data, args.data_root, device, size)
     if args.label_list:
         train = subset_from_list(train, args.label_list)
@@ -145,17 +126,16 @@ def main():
         raise common.UserError(f"--knn {max(args.knn)} is larger than the {len(train)} training images")
     crop = common.View(size, scale=(0.08, 1.0), augment=None)
     loader = common.Loader(train, [crop], args.batch_size, args.seed, args.workers, device)
-    encoders = {name: files.get(name) or load_weights(args, name, size) for name in args.weights}
+    encoders = {name: load_weights(args, name, size) for name in args.weights}
     for name, encoder in encoders.items():
-        if name in files and encoder.backbone.image_size != size:  # a transformer's positions are made for one size
-            encoder = encoders[name] = load_weights(args, name, size)
         common.check_input_size(encoder.backbone, name, size)
         encoder.eval()
 
-    lists = [args.label_list] if args.label_list else []
-    run = common.Run("linear_eval", args, train, val, files=[*files, *lists])
+    run = common.Run("linear_eval", args, train, val, files=[*args.weights, args.label_list])
     options = size, args.batch_size, args.workers, device
-    results = run.read("eval.json") or {}
+    protocol = "finetune" if args.finetune else "linear"
+    path = run.folder / "eval.json"
+    results = common.broadcast(json.loads(path.read_text()) if common.rank() == 0 and path.exists() else {})
     for number, (name, encoder) in enumerate(encoders.items(), start=1):
         if name in results:
             continue
@@ -163,34 +143,23 @@ def main():
         encoder.to(device, memory_format=torch.channels_last)
         if args.compile:
             encoder.backbone.compile()
-        clock = [time.perf_counter()]
-        train_set, val_set = load_or_extract(run, name, encoder, (train, val), options)
+        train_set, val_set = load_or_extract(run, number, encoder, (train, val), options)
         run.name_unreadable()
-        clock.append(time.perf_counter())
         votes = common.knn_accuracy(train_set, val_set, args.knn, train.num_classes, args.knn_temperature)
         picture = run.folder / f"neighbors{number if number > 1 else ''}.png"
         draw_neighbours(picture, (train, val), (train_set, val_set), size)
-        clock.append(time.perf_counter())
-        result = {
+        batches = CachedBatches(*train_set, args.batch_size, args.seed) if args.cached else loader
+        del train_set  # frees its memory, except with --cached
+        results[name] = {
             "parameters": sum(p.numel() for p in encoder.backbone.parameters()),
             "feature_dim": encoder.backbone.feature_dim,
             **votes,
+            protocol: train_classifiers(run, name, encoder, batches, val, val_set, options),
         }
-        batches = loader if args.finetune else FrozenBatches(encoder, loader)
-        if args.cached:
-            batches = CachedBatches(*train_set, args.batch_size, args.seed)
-        del train_set  # frees its memory, except with --cached
-        if args.finetune:
-            result["finetune"] = fine_tune(run, name, encoder, batches, val, options)
-        else:
-            result["linear"] = linear_probe(run, name, batches, val_set, train.num_classes)
-        clock.append(time.perf_counter())
-        seconds = dict(zip(("features", "knn", "training"), np.diff(clock).round(1).tolist(), strict=True))
-        results[name] = result
-        run.log({"weights": name, **votes, "seconds": seconds})
+        run.log(votes)
         run.write("eval.json", results)
     if common.rank() == 0:
-        print_table(results)
+        print_table(results, protocol)
 
 
 def subset_from_list(dataset, path):
@@ -214,7 +183,7 @@ def subset_from_list(dataset, path):
     return common.subset(dataset, np.unique([places[name] for name in names]))
 
 
-def load_weights(args, name, image_size):
+def load_weights(args, name, image_size=None):
     """The Encoder of a file, or of `torchvision` or `random` weights of --arch, frozen."""
     if name != "random":
         arch = args.arch if name == "torchvision" else None
@@ -225,13 +194,12 @@ def load_weights(args, name, image_size):
     return common.Encoder(common.build_backbone(args.arch, image_size), nn.Identity()).requires_grad_(False).eval()
 
 
-def load_or_extract(run, name, encoder, datasets, options):
+def load_or_extract(run, number, encoder, datasets, options):
     """What `common.extract_features` returns for each data set; with --cached from the run's folder, if it is there.
 
     Each process has a file of its share; with another number of processes the features are extracted anew.
     """
-    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
-    path = run.folder / f"features.{digest}.{common.rank()}of{common.world_size()}.pth"
+    path = run.folder / f"features.{number}.{common.rank()}of{common.world_size()}.pth"
     if run.args.cached and common.gather(torch.tensor([path.exists()])).all():
         return [[part.to(options[-1]) for part in features] for features in common.load_file(path, whole=True)]
     features = [common.extract_features(encoder, dataset, *options) for dataset in datasets]
@@ -241,62 +209,51 @@ def load_or_extract(run, name, encoder, datasets, options):
     return features
 
 
-def linear_probe(run, name, batches, val_set, num_classes):
-    """Train a linear layer for each learning rate. Returns the metrics of the best, and the accuracies of all."""
-    rates = run.args.lr
-    torch.manual_seed(run.args.seed)
-    probe = Probe(val_set[0].shape[1], num_classes, len(rates)).to(val_set[0].device)
-    groups = [{"params": head.parameters(), "lr": lr} for head, lr in zip(probe.heads, rates, strict=True)]
-    metrics = train_classifier(
-        run, name, probe, groups, batches, lambda: [evaluate(head, *val_set) for head in probe.heads]
-    )
-    by_lr = {f"{lr:g}": of_head["top1"] for lr, of_head in zip(rates, metrics, strict=True)}
-    best = max(range(len(rates)), key=lambda i: metrics[i]["top1"])
-    return {"lr": rates[best], "top1_by_lr": by_lr, **metrics[best]}
+def train_classifiers(run, name, encoder, batches, val, val_set, options):
+    """Train a linear layer for each learning rate on frozen features; with --finetune, one layer and the network.
 
-
-def fine_tune(run, name, encoder, loader, val, options):
-    """Train the network and a linear layer on it, each at its learning rate. Returns the metrics."""
-    lr, backbone_lr = run.args.lr[0], run.args.backbone_lr
-    torch.manual_seed(run.args.seed)
-    head = linear_classifier(encoder.backbone.feature_dim, val.num_classes)
-    network = common.Classifier(encoder.backbone.requires_grad_(True), head).to(loader.device).train()
-    network.amp = encoder.amp
-    groups = [{"params": network.backbone.parameters(), "lr": backbone_lr}, {"params": head.parameters(), "lr": lr}]
-    (metrics,) = train_classifier(
-        run, name, network, groups, loader, lambda: [evaluate(head, *common.extract_features(network, val, *options))]
-    )
-    return {"lr": lr, "backbone_lr": backbone_lr, **metrics}
-
-
-def train_classifier(run, name, model, groups, batches, evaluate_model):
-    """Train `model`, from its checkpoint if there is one. Returns `evaluate_model()`, a list of metrics.
-
-    groups: parameter groups with their learning rates. batches: a `common.Loader` or one of the classes above.
+    batches: a `common.Loader` or `CachedBatches`. val, val_set: validation images, and their features and labels.
+    Returns the metrics of the best layer, and the accuracies of all.
     """
-    args, device, metrics = run.args, next(model.parameters()).device, None
+    args, metrics, device = run.args, [], options[-1]
+    torch.manual_seed(args.seed)
+    model = probe = Probe(encoder.backbone.feature_dim, val.num_classes, len(args.lr)).to(device)
+    groups = [{"params": head.parameters(), "lr": lr} for head, lr in zip(probe.heads, args.lr, strict=True)]
+    if args.finetune:
+        model = common.Encoder(encoder.backbone.requires_grad_(True), probe).train()
+        model.amp = encoder.amp
+        groups += [{"params": model.backbone.parameters(), "lr": args.backbone_lr}]
     rates = [group["lr"] for group in groups]
-    optimizer = common.sgd(groups, rates[0], args.weight_decay)
+    optimizer = common.sgd(groups, args.lr[0], args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=args.finetune and args.amp == "fp16")
     run.resume(model, optimizer, scaler, of=name)
     # Every process trains a probe on the whole batch: cheaper than to exchange its gradients
     ddp_model = common.distribute(model) if args.finetune else model
 
-    for epoch in run.epochs(args.epochs, len(batches)):
+    def evaluate_heads():
+        features = common.extract_features(model, val, *options) if args.finetune else val_set
+        metrics[:] = [evaluate(head, *features) for head in probe.heads]
+        return {"top1": [values["top1"] for values in metrics]}
+
+    for epoch in run.epochs(args.epochs, len(batches), evaluate_heads):
         factor = lr_factor(args.schedule, epoch, args.epochs)
         for group, lr in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = lr * factor
         for (inputs,), labels in run.batches(batches):
-            logits = ddp_model(inputs)
-            losses = torch.stack([F.cross_entropy(x, labels) for x in logits.view(-1, *logits.shape[-2:])])
+            if not args.finetune and not args.cached:
+                inputs, labels = common.gather(encoder.features(inputs)), common.gather(labels)
+            losses = torch.stack([F.cross_entropy(logits, labels) for logits in ddp_model(inputs)])
             optimizer.zero_grad()
             scaler.scale(losses.sum()).backward()  # each layer's gradient is its own
             scaler.step(optimizer)
             scaler.update()
             run.track({"loss": losses.min()}, args.lr[0] * factor)
-        metrics = evaluate_model()
-        run.log({"weights": name, "top1": [values["top1"] for values in metrics]})
-    return metrics or evaluate_model()
+
+    top1 = run.metrics["top1"]
+    best = top1.index(max(top1))
+    by_lr = {f"{lr:g}": value for lr, value in zip(args.lr, top1, strict=True)}
+    backbone_lr = {"backbone_lr": args.backbone_lr} if args.finetune else {}
+    return {"lr": args.lr[best], **backbone_lr, "top1_by_lr": by_lr, **metrics[best]}
 
 
 def draw_neighbours(path, datasets, features, size, queries=8, neighbours=10):
@@ -308,8 +265,8 @@ def draw_neighbours(path, datasets, features, size, queries=8, neighbours=10):
     (train, val), (train_set, (val_features, val_labels)) = datasets, features
     rows = (val_labels >= 0).nonzero()[:, 0]
     rows = rows[torch.linspace(0, len(rows) - 1, queries).long().unique()]
-    found = common.nearest_neighbours(train_set, gather_rows(val_features, rows), neighbours)
-    nearest = torch.cat([numbers for _, numbers in found])[:, : (train_set[1] >= 0).sum()]
+    _, nearest = common.nearest_neighbours(train_set, gather_rows(val_features, rows), neighbours)
+    nearest = nearest[:, : (train_set[1] >= 0).sum()]
     if common.rank() > 0:
         return
 
@@ -328,9 +285,8 @@ def draw_neighbours(path, datasets, features, size, queries=8, neighbours=10):
     common.atomic_write(path, lambda file: save(tiles.flatten(0, 1), file, nrow=tiles.shape[1], format="png"))
 
 
-def print_table(results):
+def print_table(results, protocol):
     """Print a line for each network, the best first."""
-    protocol = "finetune" if any("finetune" in result for result in results.values()) else "linear"
     width = max(len("weights"), *map(len, results))
     columns = [f"{k}-NN" for k in next(iter(results.values()))["knn"]] + [protocol, "top-5", "at lr"]
     print(f"{'weights':{width}}  parameters" + "".join(f"{column:>9}" for column in columns))
@@ -344,8 +300,7 @@ def print_table(results):
 def parse_args():
     parser = common.common_parser("linear_eval", __doc__, epochs=100, batch_size=256, lr=None, weight_decay=0.0)
     add = parser.add_argument
-    add("--weights", nargs="+", required=True, help="files (backbone.pth, checkpoint.pth, any teacher), or random or "
-        "torchvision, the untrained or labelled network of --arch")  # fmt: skip
+    add("--weights", nargs="+", required=True, help="files; random or torchvision: --arch untrained or with labels")
     add("--trust-teacher", action="store_true", help="run .pt2 programs, which can hold any code")
     add("--arch", help="network of random and torchvision (files store theirs)")
     add("--lr", type=common.positive_float, nargs="+", default=[30.0, 10.0, 3.0, 1.0, 0.3, 0.1], help="learning "
@@ -357,11 +312,9 @@ def parse_args():
     add("--backbone-lr", type=common.positive_float, default=0.01, help="its learning rate (default %(default)s)")
     add("--label-fraction", type=common.number(float, 0, 1, open_below=True), default=1.0, help="train on this part "
         "of each class's images, picked by --seed (default all)")  # fmt: skip
-    add("--label-list", metavar="FILE", help="train on the images that a text file names, as SimCLR's 1 and 10 %% of "
-        "ImageNet, a name a line")  # fmt: skip
+    add("--label-list", metavar="FILE", help="train on the images that a text file names, as SimCLR's 1 %% of ImageNet")
     add("--knn", type=common.positive_int, nargs="+", default=[10, 20, 200], help="neighbours (default %(default)s)")
-    add("--knn-temperature", type=common.positive_float, default=0.07, help="a weighted vote counts "
-        "exp(similarity / T) (default %(default)s)")  # fmt: skip
+    add("--knn-temperature", type=common.positive_float, default=0.07, help="of weighted votes (default %(default)s)")
     args = parser.parse_args()
     if args.finetune:
         parser.set_defaults(epochs=20, lr=[0.2])

@@ -48,7 +48,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import common
 from disco import DisCo
-from linear_eval import CachedBatches, FrozenBatches, Probe
+from linear_eval import CachedBatches, Probe
 from moco_v2 import MoCo
 from seed import main as run_seed
 from seed import seed_loss
@@ -306,8 +306,9 @@ def probe_rates(arch="resnet18", size=96, batch_size=64, steps=4, classes=1000):
         optimizer = torch.optim.SGD(probe.parameters(), 1.0, momentum=0.9, fused=True)
 
         def train():
-            for (features,), labels in FrozenBatches(encoder, loader).batches(0, steps):
-                losses = [torch.nn.functional.cross_entropy(logits, labels) for logits in probe(features)]
+            for (images,), labels in loader.batches(0, steps):
+                logits = probe(encoder.features(images))
+                losses = [torch.nn.functional.cross_entropy(of_rate, labels) for of_rate in logits]
                 optimizer.zero_grad()
                 torch.stack(losses).sum().backward()
                 optimizer.step()

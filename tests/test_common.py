@@ -745,7 +745,7 @@ def test_knn_counts_votes_as_written_out(name, temperature, monkeypatch):
             for j in similarity.argsort(descending=True)[: min(k, 49)].tolist():
                 votes[train_labels[j]] += 1 if temperature is None else np.exp(similarity[j].item() / temperature)
             right[k] += votes.index(max(votes)) == label.item()
-    for block in (common.KNN_BLOCK, (4, 7)):
+    for block in (common.KNN_BLOCK, 7):
         monkeypatch.setattr(common, "KNN_BLOCK", block)
         ours = common.knn_accuracy((train, train_labels), (query, labels), [1, 7, 50], 5, 0.07)[name]
         assert ours == pytest.approx({k: 100 * n / 29 for k, n in right.items()})
