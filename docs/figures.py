@@ -33,7 +33,8 @@ TABLES = {
         "seed_l2": "L2 distance", "seed_contrastive": "contrastive loss",
     }),
     "sskd": ("sskd", ["epochs", "top1"], {
-        "teacher": "teacher, all labels", "ce": "labels alone (CE)", "kd": "knowledge distillation (KD)", "sskd": "SSKD",
+        "teacher": "teacher, all labels", "ce": "labels alone (CE)", "kd": "knowledge distillation (KD)",
+        "sskd": "SSKD",
     }),
 }  # fmt: skip
 HEADERS = {"gap 20-NN": "gap closed, 20-NN", "gap linear": "gap closed, linear", "training lr": "learning rate",
