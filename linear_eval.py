@@ -118,6 +118,10 @@ def main():
     if not size:
         files = [load_weights(args, name) for name in args.weights if name != "random"]
         size = max((file.backbone.image_size for file in files), default=common.default_image_size(args.data))
+    encoders = {name: load_weights(args, name, size) for name in args.weights}
+    for name, encoder in encoders.items():
+        common.check_input_size(encoder.backbone, name, size)
+        encoder.eval()
     train, val = common.load_labelled(args.data, args.data_root, device, size)
     if args.label_list:
         train = subset_from_list(train, args.label_list)
@@ -126,10 +130,6 @@ def main():
         raise common.UserError(f"--knn {max(args.knn)} is larger than the {len(train)} training images")
     crop = common.View(size, scale=(0.08, 1.0), augment=None)
     loader = common.Loader(train, [crop], args.batch_size, args.seed, args.workers, device)
-    encoders = {name: load_weights(args, name, size) for name in args.weights}
-    for name, encoder in encoders.items():
-        common.check_input_size(encoder.backbone, name, size)
-        encoder.eval()
 
     run = common.Run("linear_eval", args, train, val, files=[*args.weights, args.label_list])
     options = size, args.batch_size, args.workers, device
