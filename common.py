@@ -1,6 +1,4 @@
-"""What the method scripts share: processes, data, augmentation, networks, evaluation, runs. No method lives here.
-
-Sections, in the order of an experiment:
+"""What the method scripts share, in the order of an experiment. No method lives here.
 
     Processes       torchrun's environment, collectives, how a user's mistake ends
     Command line    the words that mean the same in every script
@@ -172,7 +170,7 @@ def gather(x):
 
 
 def all_reduce(x, op=dist.ReduceOp.SUM):
-    """Sum every process's tensor, in place, and return it."""
+    """Sum every process's tensor, or reduce it by `op`, in place, and return it."""
     if world_size() > 1:
         dist.all_reduce(x, op)
     return x
@@ -499,9 +497,8 @@ CROP_PARAMS = 23  # random numbers for a crop and a flip: ten tries of area and 
 def random_crops(random_params, height, width, scale):
     """RandomResizedCrop's boxes and random flips, in images of height x width.
 
-    random_params: (n, CROP_PARAMS) in [0, 1). scale: range of a box's area, as a part of the image's; None gives whole
-    images. Of ten tries of area and aspect ratio (3/4 to 4/3) the first that fits, else the largest centre crop of such
-    a ratio. Returns boxes, (n, 4) integers top, left, height, width, and flips, (n,) bool.
+    random_params: (n, CROP_PARAMS) in [0, 1). scale: as of a `View`. Of ten tries of area and aspect ratio (3/4 to 4/3)
+    the first that fits, else the largest centre crop. Returns (n, 4) integers top, left, height, width and (n,) bool.
     """
     flips = random_params[:, 22] < 0.5
     if scale is None:
@@ -605,10 +602,9 @@ def gaussian_blur(images, sigma):
     return blurred.view_as(images)
 
 
-# How to make a view of an image: crop, resize to `size` pixels, flip with probability 1/2, then `augment`.
-# scale: range of the crop's area, as a part of the image's; None: the whole image (centre crop of an image file).
-# augment: None or a function (images, rng) -> images, floats (n, 3, size, size) in [0, 1] on the device; it may return
-# several rows an image. rng is the same on all processes: draw for n * world_size() images, take the `local_share`.
+# How to make a view: crop a part `scale` of the area (None: all of it; of a file the centre), resize to `size` pixels,
+# flip with probability 1/2. augment: None or a function (images, rng) -> images, floats (n, 3, size, size) in [0, 1]. It
+# can return several rows an image. The rng is that of all processes: draw for all images, take the `local_share`.
 View = namedtuple("View", "size scale augment", defaults=((0.2, 1.0), augment_color))
 
 
@@ -1011,8 +1007,8 @@ def load_teacher(path, arch=None, image_size=None, trust=False):
 
     path: a file of any layout in `LAYOUTS`; "torchvision" for its labelled weights of `arch`, fetched where missing;
     or, with `trust`, a .pt2 program of torch.export. The architecture is read from the file; `arch` insists on one.
-    image_size: of the images that a vision transformer takes (default: the file's own). Without a head in the file,
-    features are the embedding. Returns an Encoder. Raises UserError for a file that fits nothing or only in part.
+    image_size: of a vision transformer (default: the file's own). Returns an Encoder; without a head in the file its
+    embedding is the features. Raises UserError for a file that fits nothing or only in part.
     """
     if not str(path).endswith(".pt2"):
         backbone, head, _ = load_backbone(path, arch, image_size)
@@ -1132,7 +1128,6 @@ def build_transformer(path, state, image_size=None, moco_v3=False):
         scale = state.pop(f"{layer}.scale")
         for key in {f"{layer}.weight", f"{layer}.bias"} & state.keys():
             state[key] = torch.einsum("o,o...->o...", scale, state[key])
-
     registers = state.pop("register_tokens", torch.empty(1, 0, width))
     if (image_size or 0) % patch:
         raise UserError(f"{path}: patches of {patch} pixels do not divide images of {image_size}: change --image-size")
@@ -1246,8 +1241,7 @@ def extract_features(encoder, dataset, image_size, batch_size, workers, device):
     """Features of the centre crops of this process's share of the images, and the labels of all images.
 
     Returns features (share, feature_dim) and labels (world_size * share,): rank r has the features of images r * share
-    to (r + 1) * share - 1. The label is -1 where an image cannot be read, and after the last image. The backbone runs
-    in eval mode with rank 0's BatchNorm statistics and is left in the mode it had.
+    to (r + 1) * share - 1. Images that cannot be read have the label -1. All use rank 0's BatchNorm statistics.
     """
     if world_size() > 1:
         for buffer in encoder.buffers():
@@ -1354,9 +1348,8 @@ def atomic_write(path, write):
 class Run:
     """A run's folder: config.json, log.jsonl, views.png, checkpoint.pth and backbone.pth. Only rank 0 uses it.
 
-    The same command in the same folder continues where it stopped. Other arguments or inputs are refused, and so is a
-    second process while the first one works. Inputs are the size and classes of `datasets` and the content of `files`
-    (what is no file is ignored). metadata: what else config.json and the checkpoints hold.
+    The same command in the same folder continues where it stopped. Other arguments are refused, other sizes or classes
+    of `datasets`, and another content of `files`. metadata: what else config.json and the checkpoints hold.
     """
 
     def __init__(self, script, args, *datasets, files=(), **metadata):
@@ -1375,8 +1368,8 @@ class Run:
             if file and Path(file).is_file():
                 inputs[f"content of {file}"] = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
         failed, commit = subprocess.getstatusoutput(f'git -C "{Path(__file__).parent}" rev-parse HEAD 2> /dev/null')
-        versions = {"python": platform.python_version(), "torch": torch.__version__,
-                    "torchvision": torchvision.__version__, "git_commit": None if failed else commit}  # fmt: skip
+        versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
+        versions |= {"python": platform.python_version(), "git_commit": None if failed else commit}
         config = {"script": script, **metadata, "arguments": vars(args), "inputs": inputs, "versions": versions,
                   "processes": world_size()}  # fmt: skip
         try:
