@@ -603,7 +603,7 @@ def gaussian_blur(images, sigma):
 
 
 # How to make a view: crop a part `scale` of the area (None: all of it; of a file the centre), resize to `size` pixels,
-# flip with probability 1/2. augment: None or a function (images, rng) -> images, floats (n, 3, size, size) in [0, 1]. It
+# flip with probability 1/2. augment: None or a function (images, rng) -> images, floats (n, 3, size, size) of [0, 1]. It
 # can return several rows an image. The rng is that of all processes: draw for all images, take the `local_share`.
 View = namedtuple("View", "size scale augment", defaults=((0.2, 1.0), augment_color))
 
