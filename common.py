@@ -1,13 +1,13 @@
 """What the method scripts share, in the order of an experiment. No method lives here.
 
-    Processes       torchrun's environment, collectives, how a user's mistake ends
-    Command line    the words that mean the same in every script
-    Data            a folder in ImageNet's layout, torchvision's small sets, drawn shapes
-    Augmentation    random views: crops and flips where the images are, colour on the device
-    Loading         batches that are the same for any number of processes and workers
-    Networks        torchvision's and CIFAR's networks, heads, files of teachers and labelled networks
-    Evaluation      features of a frozen backbone, k-NN
-    Runs            a run's folder: configuration, log, pictures, checkpoints, resume
+Processes       torchrun's environment, collectives, how a user's mistake ends
+Command line    the words that mean the same in every script
+Data            a folder in ImageNet's layout, torchvision's small sets, drawn shapes
+Augmentation    random views: crops and flips where the images are, colour on the device
+Loading         batches that are the same for any number of processes and workers
+Networks        torchvision's and CIFAR's networks, heads, files of teachers and labelled networks
+Evaluation      features of a frozen backbone, k-NN
+Runs            a run's folder: configuration, log, pictures, checkpoints, resume
 """
 
 import argparse
@@ -603,8 +603,8 @@ def gaussian_blur(images, sigma):
 
 
 # How to make a view: crop a part `scale` of the area (None: all of it; of a file the centre), resize to `size` pixels,
-# flip with probability 1/2. augment: None or a function (images, rng) -> images, floats (n, 3, size, size) of [0, 1]. It
-# can return several rows an image. The rng is that of all processes: draw for all images, take the `local_share`.
+# flip with probability 1/2. augment: None or a function (images, rng) -> images of floats (n, 3, size, size) in [0, 1];
+# it can return several rows an image. All processes have the same rng: draw for all images, take the `local_share`.
 View = namedtuple("View", "size scale augment", defaults=((0.2, 1.0), augment_color))
 
 
