@@ -27,15 +27,6 @@ TABLES = {
     "baseline": ("baseline", ["epochs", "training lr", *KNN, "linear"], {
         "moco_v2_lr0.03": "MoCo v2", "moco_v2_lr0.3": "MoCo v2", "moco_v2_long": "MoCo v2",
     }),
-    "seed_ablations": ("ablations", [*KNN, "linear"], {
-        "seed": "SEED, T = 0.01, queue of 1024", "seed_t0.04": "T = 0.04", "seed_t0.07": "T = 0.07",
-        "seed_t0.2": "T = 0.2", "seed_queue128": "queue of 128", "seed_queue4096": "queue of 4096",
-        "seed_l2": "L2 distance", "seed_contrastive": "contrastive loss",
-    }),
-    "sskd": ("sskd", ["epochs", "top1"], {
-        "teacher": "teacher, all labels", "ce": "labels alone (CE)", "kd": "knowledge distillation (KD)",
-        "sskd": "SSKD",
-    }),
 }  # fmt: skip
 HEADERS = {"gap 20-NN": "gap closed, 20-NN", "gap linear": "gap closed, linear", "training lr": "learning rate",
            "at lr": "best rate", "top1": "top-1"}  # fmt: skip
