@@ -167,6 +167,7 @@ def results_of_a_process(image_folder, broken_folder, folder):
         "dealt": dealt(),
         "own statistics": features_after_own_batches(),
         "features": features_of_shapes(),
+        "running mean": running_mean(),
     }
 
 
@@ -711,6 +712,19 @@ def features_after_own_batches():
 def test_features_are_by_the_statistics_of_rank_0(on_two):
     parts = [results["own statistics"] for results in on_two]
     torch.testing.assert_close(torch.cat(parts), features_after_own_batches(), rtol=1e-5, atol=1e-6)
+
+
+def running_mean():
+    """BatchNorm's running mean after two batches of ones on rank 1, and of zeros on rank 0."""
+    norm = torch.nn.BatchNorm1d(1)
+    model = common.distribute(norm)
+    for _ in range(2):
+        model(torch.full((4, 1), float(common.rank())))
+    return norm.running_mean.item()
+
+
+def test_each_process_keeps_its_own_batchnorm_statistics(on_two):
+    assert [results["running mean"] for results in on_two] == pytest.approx([0.0, 0.19])
 
 
 def features_of_shapes():
