@@ -5,7 +5,8 @@
     python docs/figures.py                          # draws docs/accuracy.png and docs/neighbors.png
 
 An experiment is a folder with a folder for each seed, NAME/SEED/. It holds a run folder for each network, and what
-linear_eval.py wrote about them in NAME/SEED/eval. Runs of sskd.py need no eval: they log their accuracy.
+linear_eval.py wrote about them in NAME/SEED/eval. A second evaluation, NAME/SEED/eval_1percent, gives the columns
+"20-NN 1percent" and so on. Runs of sskd.py need no eval: they log their accuracy.
 """
 
 import argparse
@@ -91,10 +92,12 @@ def read_seed(folder):
             if "knn" in line:
                 curves.setdefault(run.name, {})[line["epoch"]] = round(line["knn"], 2)
             row |= {key: round(line[key], 2) for key in ("top1", "teacher_top1") if key in line}
-    if (folder / "eval" / "config.json").exists():
-        for name, values in read_eval(folder / "eval").items():
-            rows[name] = {**rows.get(name, {}), **values}
-    elif not any("top1" in row for row in rows.values()):
+    evals = sorted(path.parent for path in folder.glob("eval*/config.json"))
+    for path in evals:
+        for name, values in read_eval(path).items():
+            kind = path.name.removeprefix("eval").replace("_", " ")
+            rows[name] = {**rows.get(name, {}), **{key + kind: value for key, value in values.items()}}
+    if not evals and not any("top1" in row for row in rows.values()):
         raise Unfinished("it has no eval")
     return rows, curves, versions
 

@@ -161,8 +161,8 @@ def run(line):
         common.run_script(importlib.import_module(script.removesuffix(".py")).main)
 
 
-def told(errors):
-    """Lines that a script told its user on stderr, its progress bars aside."""
+def error_lines(errors):
+    """Lines of a script on stderr, without its progress bars."""
     lines = errors.replace("\x1b[A", "").replace("\r", "\n").splitlines()  # "cursor up", where another bar stood
     return [line for line in lines if line.strip() and "img/s" not in line]
 

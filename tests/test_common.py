@@ -436,7 +436,7 @@ CIFAR = json.loads((GOLDEN / "cifar_models.json").read_text())
 
 @pytest.mark.parametrize("name", CIFAR)
 def test_released_labelled_files_give_the_golden_logits(name, tmp_path):
-    """As CRD and SSKD wrapped them; the network is told from the file, and has the released names and size."""
+    """As CRD and SSKD wrapped them; the network is read from the file, and has the released names and size."""
     vectors, facts = np.load(GOLDEN / "cifar_models.npz"), CIFAR[name]
     state = golden_fill(facts["state_dict"])
     torch.save({"epoch": 240, "state_dict" if name < "r" else "model": state}, tmp_path / "file.pth")
@@ -501,12 +501,12 @@ RELEASED = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name, told", [(name, False) for name in RELEASED] + [("moco_v2_resnet18", True)])
-def test_released_teachers_give_the_golden_embedding(name, told, tmp_path):
+@pytest.mark.parametrize("name, named", [(name, False) for name in RELEASED] + [("moco_v2_resnet18", True)])
+def test_released_teachers_give_the_golden_embedding(name, named, tmp_path):
     layout = json.loads((GOLDEN / "teachers.json").read_text())[name]
     vectors = dict(np.load(GOLDEN / "teachers.npz"))
     content = golden_fill({k: v for k, v in layout["state_dict"].items() if not k.endswith("queue")})
-    arch = {"arch": name.rpartition("_")[2]} if told else {}
+    arch = {"arch": name.rpartition("_")[2]} if named else {}
     if name.startswith("moco"):
         content = {"epoch": 200, **arch, "state_dict": content, "optimizer": {}}
     torch.save(content, tmp_path / "teacher.pth.tar")
@@ -570,7 +570,7 @@ def test_labelled_networks_saved_under_dataparallel_are_read(tmp_path):
 
 
 @pytest.mark.parametrize("times", [2, 4, 5])
-def test_widened_networks_have_swavs_shapes_and_are_told(times):
+def test_widened_networks_have_swavs_shapes_and_are_recognised(times):
     """Golden for 2; the others are too large to run here and follow the same rule."""
     name, expected = f"resnet50w{times}", json.loads((GOLDEN / "teachers.json").read_text())["swav_resnet50w2"]
     expected = {key.removeprefix("module."): shape for key, shape in expected["state_dict"].items()}
@@ -631,11 +631,11 @@ def test_a_bare_backbone_has_the_image_size_of_its_run(config, size, tmp_path):
 
 
 @pytest.mark.parametrize("size", [32, 64])
-@pytest.mark.parametrize("told", [False, True])
-def test_a_vgg_is_cifars_or_torchvisions(size, told, tmp_path):
-    """Both have a vgg11; the file tells them apart."""
+@pytest.mark.parametrize("named", [False, True])
+def test_a_vgg_is_cifars_or_torchvisions(size, named, tmp_path):
+    """Both have a vgg11; the keys say which."""
     backbone = common.build_backbone("vgg11", size).eval()
-    torch.save({"state_dict": backbone.state_dict(), **({"arch": "vgg11"} if told else {})}, tmp_path / "vgg.pth")
+    torch.save({"state_dict": backbone.state_dict(), **({"arch": "vgg11"} if named else {})}, tmp_path / "vgg.pth")
     images = torch.randn(2, 3, size, size)
     assert torch.equal(common.load_teacher(tmp_path / "vgg.pth")(images), backbone(images))
 
@@ -648,15 +648,15 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("told", [False, True])
+@pytest.mark.parametrize("named", [False, True])
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_file_that_fits_in_part_is_refused_naming_keys(damage, told, tmp_path):
+def test_a_file_that_fits_in_part_is_refused_naming_keys(damage, named, tmp_path):
     removed, added, words = DAMAGES[damage]
     network = torchvision.models.resnet18()
     network.fc = common.mlp_head(512, 64, 32)
     state = network.state_dict() | added
     state = {f"module.encoder_q.{key}": value for key, value in state.items() if key not in removed}
-    torch.save({"state_dict": state, **({"arch": "resnet18"} if told else {})}, tmp_path / "teacher.pth")
+    torch.save({"state_dict": state, **({"arch": "resnet18"} if named else {})}, tmp_path / "teacher.pth")
     with pytest.raises(common.UserError, match=r"teacher.pth.* does not fit: ") as error:
         common.load_teacher(tmp_path / "teacher.pth")
     assert words in str(error.value) and "\n" not in str(error.value)
@@ -668,7 +668,7 @@ def test_what_would_need_code_is_named_and_not_run(tmp_path):
         common.load_teacher(tmp_path / "dino.pth")
 
 
-def test_a_backbone_file_alone_tells_its_network(tmp_path):
+def test_a_backbone_file_alone_names_its_network(tmp_path):
     for arch, size in (("resnet8", 32), ("resnet18", 32), ("resnet18", 64), ("mobilenet_v3_small", 64)):
         backbone = common.build_backbone(arch, size).eval()
         torch.save(backbone.state_dict(), tmp_path / "backbone.pth")

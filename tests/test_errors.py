@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import free_port, run_script, told
+from conftest import error_lines, free_port, run_script
 
 import common
 
@@ -172,7 +172,7 @@ MISTAKES |= {
 
 
 @pytest.mark.parametrize("line", MISTAKES, ids=[" ".join(line.split()[-3:]) for line in MISTAKES])
-def test_a_mistake_is_told_in_one_line(line, folder, monkeypatch, capfd):
+def test_a_mistake_is_one_line(line, folder, monkeypatch, capfd):
     variables = [word.split("=") for word in line.split(" ") if "=" in word]
     script, *arguments = line.split(" ")[len(variables) :]
     for name, value in variables:
@@ -180,7 +180,7 @@ def test_a_mistake_is_told_in_one_line(line, folder, monkeypatch, capfd):
     monkeypatch.setattr(sys, "argv", [script, *arguments])
     with pytest.raises(SystemExit) as stop:
         common.run_script(importlib.import_module(script.removesuffix(".py")).main)
-    lines = told(capfd.readouterr().err)
+    lines = error_lines(capfd.readouterr().err)
     assert stop.value.code == 2
     assert len(lines) == 1 and lines[0].startswith(f"{script}: error: "), lines
     for word in MISTAKES[line]:
@@ -204,8 +204,8 @@ def test_another_run_in_the_same_folder_is_refused_and_named(folder, monkeypatch
     ):
         with pytest.raises(SystemExit):
             run(MOCO + " --out run" + other)
-        told = capfd.readouterr().err
-        assert all(word in told for word in ["run holds another run", *words])
+        message = capfd.readouterr().err
+        assert all(word in message for word in ["run holds another run", *words])
     assert (folder / "run" / "checkpoint.pth").read_bytes() == before
 
 
@@ -225,7 +225,7 @@ ON_TWO = {
 
 
 def make_mistakes(rank, ports, folder):
-    """One of two processes: forks for every mistake, leaves what it tells in files, and its exit code."""
+    """One of two processes: forks for every mistake, writes what it prints and its exit code into files."""
     os.chdir(folder)
     for number, (line, port) in enumerate(zip(ON_TWO, ports, strict=True)):
         child = os.fork()
@@ -244,7 +244,7 @@ def test_two_processes_tell_a_mistake_once(folder):
     ports = [free_port() for _ in ON_TWO]
     torch.multiprocessing.spawn(make_mistakes, (ports, folder), nprocs=2)
     for number, (line, words) in enumerate(ON_TWO.items()):
-        lines = [line for rank in (0, 1) for line in told((folder / f"{number}.{rank}.txt").read_text())]
+        lines = [line for rank in (0, 1) for line in error_lines((folder / f"{number}.{rank}.txt").read_text())]
         assert len(lines) == 1 and all(word in lines[0] for word in words), (line, lines)
         assert [(folder / f"{number}.{rank}.code").read_text() for rank in (0, 1)].count("2") >= 1, line
 

@@ -1,6 +1,7 @@
 """docs/figures.py: results are collected from runs, tables and shares are right, pictures are drawn."""
 
 import json
+import shutil
 
 import figures
 import pytest
@@ -97,6 +98,16 @@ def test_collect_names_a_best_rate_at_the_edge(tmp_path, capsys):
     path.write_text(path.read_text().replace('"0.1": 3', '"0.5": 3'))
     figures.collect(tmp_path / "other")
     assert "the best learning rate of disco, 0.3, is at the edge of those probed" in capsys.readouterr().out
+
+
+def test_a_second_evaluation_has_columns_of_its_own(tmp_path, docs):
+    write_seed(tmp_path / "other" / "0", 0)
+    shutil.copytree(tmp_path / "other" / "0" / "eval", tmp_path / "other" / "0" / "eval_few")
+    path = tmp_path / "other" / "0" / "eval_few" / "eval.json"
+    path.write_text(path.read_text().replace('"20": 90', '"20": 30'))
+    figures.collect(tmp_path / "other")
+    row = json.loads((docs / "results" / "other.json").read_text())["rows"]["teacher"]
+    assert row["20-NN"] == [90] and row["20-NN few"] == [30] and row["linear"] == row["linear few"] == [91]
 
 
 def test_sskd_without_evaluation(tmp_path, docs):

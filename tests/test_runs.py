@@ -11,7 +11,7 @@ import time
 import faults
 import pytest
 import torch
-from conftest import free_port, run, run_script, start_script, told
+from conftest import error_lines, free_port, run, run_script, start_script
 
 import common
 
@@ -24,7 +24,7 @@ def refused(line, capfd):
     capfd.readouterr()
     with pytest.raises(SystemExit) as stop:
         run(line)
-    lines = [line for line in told(capfd.readouterr().err) if "error: " in line]
+    lines = [line for line in error_lines(capfd.readouterr().err) if "error: " in line]
     assert stop.value.code == 2 and len(lines) == 1, lines
     return lines[0]
 
@@ -363,7 +363,7 @@ def test_a_first_step_that_overflows_changes_nothing(script, tmp_path, teacher_f
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_number_that_is_not_finite_stops_the_run(processes, tmp_path):
     done = run_script(f"{MOCO} --epochs 2 --lr 1e30 --out {tmp_path}/run", processes, check=False)
-    lines = [line for line in told(done.stderr) if "error: " in line]
+    lines = [line for line in error_lines(done.stderr) if "error: " in line]
     assert len(lines) == 1 and "step 2, epoch 0, learning rate 1e+30" in lines[0], done.stderr
     assert done.returncode == 2 or processes == 2
     checkpoint = common.load_file(tmp_path / "run" / "checkpoint.pth", whole=True)
@@ -440,9 +440,9 @@ def test_unreadable_images_are_replaced_named_once_and_counted(tmp_path, broken_
         f"--knn-every 1 --workers 1 --out {tmp_path}/run"
     )
     run(f"{line} --max-steps 4")
-    assert len(told(capfd.readouterr().err)) == 4
+    assert len(error_lines(capfd.readouterr().err)) == 4
     run(line)
-    assert len(told(capfd.readouterr().err)) == 1  # that it continues: they are named once
+    assert len(error_lines(capfd.readouterr().err)) == 1  # that it continues: they are named once
     named = [values["unreadable"] for values in log_of(tmp_path / "run") if "unreadable" in values]
     assert len(named) == 4 and {name.removeprefix(f"{broken_folder}/") for name in named} == BAD
     assert "--max-bad-images" in refused(f"{line}2 --max-bad-images 3", capfd)
@@ -454,7 +454,7 @@ def test_unreadable_images_found_by_any_process_are_named(tmp_path, broken_folde
         f"--workers 1 --out {tmp_path}/run",
         processes=2,
     )
-    lines = [line for line in told(done.stderr) if "unreadable" in line]
+    lines = [line for line in error_lines(done.stderr) if "unreadable" in line]
     assert len(lines) == 3 and all(any(name in line for line in lines) for name in BAD if name.startswith("train"))
 
 
