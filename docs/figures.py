@@ -23,17 +23,52 @@ DOCS = Path(__file__).parent
 KNN, GAP = ["10-NN", "20-NN"], ["gap 20-NN", "gap linear"]
 METHODS = {"teacher": "teacher", "disco": "DisCo", "seed": "SEED", "moco_v2": "MoCo v2 alone",
            "random": "random weights", "pixels": "raw pixels"}  # fmt: skip
+FASHION = {**METHODS, "teacher": "teacher, Wide-ResNet-16-2", "moco_v2_resnet8": "ResNet-8, MoCo v2 alone"}
 TABLES = {
     "quickstart": ("quickstart", ["parameters", *KNN, "linear", *GAP], METHODS),
     "baseline": ("baseline", ["epochs", "training lr", *KNN, "linear"], {
         "moco_v2_lr0.03": "MoCo v2", "moco_v2_lr0.3": "MoCo v2", "moco_v2_long": "MoCo v2",
     }),
+    "fashion": ("fashion", ["parameters", *KNN, "linear", *GAP], FASHION),
+    "fashion_few": ("fashion", [column + " 1percent" for column in (*KNN, "linear", *GAP)], FASHION),
+    "fashion_rates": ("fashion", ["training lr", "20-NN 1percent", "linear 1percent"], {
+        "moco_v2": "MoCo v2 alone", "moco_v2_lr0.03": "MoCo v2 alone", "moco_v2_lr0.1": "MoCo v2 alone",
+        "moco_v2_lr0.3": "MoCo v2 alone",
+    }),
+    "disco_hidden": ("ablations", ["20-NN", "linear"], {
+        "disco_hidden64": "hidden layer of 64", "disco_hidden128": "128", "disco_hidden512": "512",
+        "disco": "2048 (default)",
+    }),
+    "disco_terms": ("ablations", ["20-NN", "linear"], {
+        "disco": "distillation and InfoNCE", "disco_alone": "distillation alone",
+        "disco_bn_batch": "both, the teacher with `--teacher-bn batch`",
+    }),
+    "seed_objective": ("ablations", ["20-NN", "linear"], {
+        "seed": "SEED", "seed_l2": "squared distance (`l2`)", "seed_contrastive": "`contrastive`",
+    }),
+    "seed_temperature": ("ablations", ["20-NN", "linear"], {
+        "seed": "T = 0.01 (default)", "seed_t0.04": "0.04", "seed_t0.07": "0.07", "seed_t0.2": "0.2",
+    }),
+    "seed_queue": ("ablations", ["20-NN", "linear"], {
+        "seed_queue128": "queue of 128", "seed": "1024", "seed_queue4096": "4096",
+    }),
+    "teachers": ("ablations", ["epochs", "20-NN", "linear"], {
+        "teacher": "teacher", "teacher_weak": "weaker teacher", "disco": "DisCo from the teacher",
+        "disco_weak": "DisCo from the weaker one", "seed": "SEED from the teacher",
+        "seed_weak": "SEED from the weaker one",
+    }),
+    "sskd": ("sskd", ["top1", "linear"], {
+        "teacher": "teacher, ResNet-20", "ce_few": "CE", "kd_few": "KD", "sskd_few": "SSKD",
+    }),
 }  # fmt: skip
-HEADERS = {"gap 20-NN": "gap closed, 20-NN", "gap linear": "gap closed, linear", "training lr": "learning rate",
-           "at lr": "best rate", "top1": "top-1"}  # fmt: skip
+HEADERS = {"training lr": "learning rate", "at lr": "best rate", "top1": "top-1"}
 SETTINGS = ("parameters", "epochs", "training lr", "at lr")
 # Figures in sentences, over all seeds: (min or max, table, rows, columns), rounded down or up to a whole number
-VALUES = {"quickstart": (min, "quickstart", ["disco", "seed"], GAP)}
+VALUES = {
+    "quickstart": (min, "quickstart", ["disco", "seed"], GAP),
+    "fashion": (min, "fashion_few", ["disco", "seed"], [column + " 1percent" for column in GAP]),
+    "fashion_all": (min, "fashion", ["disco", "seed"], GAP),
+}
 # The pictures show the quick start: colour and style of its curves, and the networks whose neighbours are shown
 CURVES = {"teacher": ("black", "-"), "disco": ("#0072b2", "-"), "seed": ("#d55e00", "-"), "moco_v2": ("#777777", "--")}
 NEIGHBORS = ("moco_v2", "disco")
@@ -176,7 +211,8 @@ def table_text(name):
     data = load(experiment)
     if not data:
         return "No results yet.\n"
-    lines = [["network", *(HEADERS.get(column, column) for column in columns)], ["---"] * (1 + len(columns))]
+    headers = [re.sub("gap (.*)", r"gap closed, \1", HEADERS.get(c, c)).replace(" 1percent", ", 1 %") for c in columns]
+    lines = [["network", *headers], ["---"] * (1 + len(columns))]
     for row, label in rows.items():
         values = [cell_values(data, row, column) for column in columns]
         count, seeds = min(len(found) for found in values if found), len(data["seeds"])
