@@ -244,7 +244,6 @@ def common_parser(script, docstring, *, epochs, batch_size, lr, weight_decay):
     add("--max-bad-images", type=number(int, 0), default=100, help="unreadable images allowed (default %(default)s)")
     add("--amp", choices=list(AMP), default="off", help="mixed precision (default %(default)s, as in the papers)")
     add("--compile", action="store_true", help="torch.compile the networks")
-    add("--tensorboard", action="store_true", help="write TensorBoard events too (needs the package tensorboard)")
     return parser
 
 
@@ -1321,7 +1320,7 @@ LOG_EVERY = 50  # steps; reading a loss waits for the device
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # Slurm and spot machines send them before they take a machine away
 # Arguments that may differ when a run continues
 FREE_ARGUMENTS = {"out", "data_root", "workers", "max_steps", "knn_every", "checkpoint_minutes", "max_bad_images",
-                  "tensorboard", "trust_teacher"}  # fmt: skip
+                  "trust_teacher"}  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -1357,7 +1356,7 @@ class Run:
         self.step, self.epoch, self.lr = 0, 0, 0.0
         self.losses, self.named = [], set()  # since the last line of the log; unreadable images that it names
         self.unsaved, self.saved_at = False, time.monotonic()
-        self.stop_signal, self.of, self.writer, self.pid = 0, None, None, os.getpid()
+        self.stop_signal, self.of, self.pid = 0, None, os.getpid()
         FolderDataset.unreadable.clear()
         for number in STOP_SIGNALS:
             signal.signal(number, self.stop)
@@ -1419,12 +1418,6 @@ class Run:
         if checkpoint.get("of") != of:
             checkpoint = {}
         self.step = checkpoint.get("step", 0)
-        if self.args.tensorboard and rank() == 0:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise UserError("--tensorboard needs another package: pip install tensorboard") from None
-            self.writer = SummaryWriter(self.folder, purge_step=self.step)
         if not checkpoint:
             return self.save()  # shows now if the disk is full
         frozen = {k: v for k, v in model.state_dict().items() if k.startswith("teacher.")}
@@ -1519,16 +1512,11 @@ class Run:
             raise UserError(f"{found}: repair or remove them, or raise --max-bad-images")
 
     def log(self, values):
-        """Append a line to log.jsonl (and to TensorBoard)."""
+        """Append a line to log.jsonl."""
         if rank() == 0:
             line = {"step": self.step, "epoch": self.epoch, **({"weights": self.of} if self.of else {}), **values}
             with writing(self.folder / "log.jsonl") as log:
                 log.write(json.dumps(line).encode() + b"\n")
-        if self.writer:
-            for name, value in values.items():
-                if isinstance(value, (int, float)):
-                    self.writer.add_scalar(name, value, self.step)
-            self.writer.flush()
 
     def save(self):
         """Write checkpoint.pth, with all that a resume needs; a frozen teacher stays in its own file."""

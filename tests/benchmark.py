@@ -493,7 +493,7 @@ def saving(folder):
     backbone = common.build_backbone("resnet50")
     model = MoCo(common.Encoder(backbone, common.mlp_head(2048, 2048, 128)))
     optimizer = common.sgd(model.encoder.parameters(), 0.03, 1e-4)
-    args = argparse.Namespace(out=str(folder), tensorboard=False, checkpoint_minutes=10.0, max_bad_images=0,
+    args = argparse.Namespace(out=str(folder), checkpoint_minutes=10.0, max_bad_images=0,
                               max_steps=None, batch_size=256)  # fmt: skip
     run = common.Run("moco_v2", args, arch="resnet50", image_size=224)
     run.resume(model, optimizer, torch.amp.GradScaler("cpu"))

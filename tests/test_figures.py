@@ -100,14 +100,19 @@ def test_collect_names_a_best_rate_at_the_edge(tmp_path, capsys):
     assert "the best learning rate of disco, 0.3, is at the edge of those probed" in capsys.readouterr().out
 
 
-def test_a_second_evaluation_has_columns_of_its_own(tmp_path, docs):
+def test_a_second_evaluation_has_columns_of_its_own(tmp_path, docs, monkeypatch):
     write_seed(tmp_path / "other" / "0", 0)
-    shutil.copytree(tmp_path / "other" / "0" / "eval", tmp_path / "other" / "0" / "eval_few")
-    path = tmp_path / "other" / "0" / "eval_few" / "eval.json"
-    path.write_text(path.read_text().replace('"20": 90', '"20": 30'))
+    shutil.copytree(tmp_path / "other" / "0" / "eval", tmp_path / "other" / "0" / "eval_1percent")
+    path = tmp_path / "other" / "0" / "eval_1percent" / "eval.json"
+    path.write_text(path.read_text().replace('"20": 90', '"20": 30').replace('"20": 70', '"20": 25'))
     figures.collect(tmp_path / "other")
     row = json.loads((docs / "results" / "other.json").read_text())["rows"]["teacher"]
-    assert row["20-NN"] == [90] and row["20-NN few"] == [30] and row["linear"] == row["linear few"] == [91]
+    assert row["20-NN"] == [90] and row["20-NN 1percent"] == [30] and row["linear"] == row["linear 1percent"] == [91]
+    columns = ["20-NN", "20-NN 1percent", "gap 20-NN 1percent"]  # the network alone is at 10
+    monkeypatch.setitem(figures.TABLES, "example", ("other", columns, {"disco": "DisCo"}))
+    header, _, disco = figures.table_text("example").splitlines()
+    assert header == "| network | 20-NN | 20-NN, 1 % | gap closed, 20-NN, 1 % |"
+    assert disco == "| DisCo | 70.0 | 25.0 | 75.0 |"
 
 
 def test_sskd_without_evaluation(tmp_path, docs):
@@ -144,8 +149,8 @@ def test_a_seed_without_a_value_is_left_out_and_said(results, docs, monkeypatch)
     (docs / "results" / "quickstart.json").write_text(json.dumps(results))
     assert figures.cell_values(results, "disco", "linear") == [51]
     assert figures.cell_values(results, "disco", "gap linear") == [50]
-    monkeypatch.delitem(figures.METHODS, "random")
-    assert "| DisCo (1 of 2 seeds) | 77,392 | " in figures.table_text("quickstart")
+    monkeypatch.setitem(figures.TABLES, "example", ("quickstart", ["parameters", "linear"], {"disco": "DisCo"}))
+    assert "| DisCo (1 of 2 seeds) | 77,392 | 51.0 |" in figures.table_text("example")
 
 
 def test_pages_are_written(results, docs, tmp_path, monkeypatch):

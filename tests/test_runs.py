@@ -376,7 +376,7 @@ def bare_run(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "LOG_EVERY", 5)
     layer = torch.nn.Linear(2, 2)
     args = argparse.Namespace(
-        out=str(tmp_path / "run"), tensorboard=False, checkpoint_minutes=1e9, max_bad_images=0, max_steps=None,
+        out=str(tmp_path / "run"), checkpoint_minutes=1e9, max_bad_images=0, max_steps=None,
         batch_size=4,
     )  # fmt: skip
     bare = common.Run("bare", args)
