@@ -19,10 +19,12 @@ from pathlib import Path
 DOCS = Path(__file__).parent
 
 # {table: (experiment, columns, {row: its label})}. A row is a run folder, or `random`, or a .pt2 program.
-# "gap COLUMN" is the share of the gap between MoCo v2 alone and the teacher that a distilled student closes.
+# "gap COLUMN" is the share of the gap between MoCo v2 alone and the teacher that a distilled student closes,
+# "COLUMN minus ROW" the difference to another network of the same seed.
 KNN, GAP = ["10-NN", "20-NN"], ["gap 20-NN", "gap linear"]
 METHODS = {"teacher": "teacher", "disco": "DisCo", "seed": "SEED", "moco_v2": "MoCo v2 alone",
            "random": "random weights", "pixels": "raw pixels"}  # fmt: skip
+FROM_DISCO, FROM_SEED = (["20-NN", f"20-NN minus {row}", "linear", f"linear minus {row}"] for row in ("disco", "seed"))
 FASHION = {**METHODS, "teacher": "teacher, Wide-ResNet-16-2", "moco_v2_resnet8": "ResNet-8, MoCo v2 alone"}
 TABLES = {
     "quickstart": ("quickstart", ["parameters", *KNN, "linear", *GAP], METHODS),
@@ -35,21 +37,21 @@ TABLES = {
         "moco_v2": "MoCo v2 alone", "moco_v2_lr0.03": "MoCo v2 alone", "moco_v2_lr0.1": "MoCo v2 alone",
         "moco_v2_lr0.3": "MoCo v2 alone",
     }),
-    "disco_hidden": ("ablations", ["20-NN", "linear"], {
+    "disco_hidden": ("ablations", FROM_DISCO, {
         "disco_hidden64": "hidden layer of 64", "disco_hidden128": "128", "disco_hidden512": "512",
         "disco": "2048 (default)",
     }),
-    "disco_terms": ("ablations", ["20-NN", "linear"], {
+    "disco_terms": ("ablations", FROM_DISCO, {
         "disco": "distillation and InfoNCE", "disco_alone": "distillation alone",
         "disco_bn_batch": "both, the teacher with `--teacher-bn batch`",
     }),
-    "seed_objective": ("ablations", ["20-NN", "linear"], {
+    "seed_objective": ("ablations", FROM_SEED, {
         "seed": "SEED", "seed_l2": "squared distance (`l2`)", "seed_contrastive": "`contrastive`",
     }),
-    "seed_temperature": ("ablations", ["20-NN", "linear"], {
+    "seed_temperature": ("ablations", FROM_SEED, {
         "seed": "T = 0.01 (default)", "seed_t0.04": "0.04", "seed_t0.07": "0.07", "seed_t0.2": "0.2",
     }),
-    "seed_queue": ("ablations", ["20-NN", "linear"], {
+    "seed_queue": ("ablations", FROM_SEED, {
         "seed_queue128": "queue of 128", "seed": "1024", "seed_queue4096": "4096",
     }),
     "teachers": ("ablations", ["epochs", "20-NN", "linear"], {
@@ -57,7 +59,19 @@ TABLES = {
         "disco_weak": "DisCo from the weaker one", "seed": "SEED from the teacher",
         "seed_weak": "SEED from the weaker one",
     }),
-    "sskd": ("sskd", ["top1", "linear"], {
+    "sskd": ("sskd_all", ["top1", "top1 minus kd"], {
+        "teacher": "teacher, ResNet-20", "ce": "CE", "kd": "KD", "sskd": "SSKD",
+    }),
+    "sskd_noise": ("sskd_all", ["top1", "top1 minus kd_noise"], {
+        "ce_noise": "CE", "kd_noise": "KD", "sskd_noise": "SSKD",
+    }),
+    "sskd_few": ("sskd", ["top1", "top1 minus kd_few"], {
+        "teacher": "teacher, ResNet-20", "ce_few": "CE", "kd_few": "KD", "sskd_few": "SSKD",
+    }),
+    "transfer": ("sskd_all", ["20-NN", "linear", "linear minus kd"], {
+        "teacher": "teacher, ResNet-20", "ce": "CE", "kd": "KD", "sskd": "SSKD",
+    }),
+    "transfer_few": ("sskd", ["20-NN", "linear", "linear minus kd_few"], {
         "teacher": "teacher, ResNet-20", "ce_few": "CE", "kd_few": "KD", "sskd_few": "SSKD",
     }),
 }  # fmt: skip
@@ -186,23 +200,35 @@ def load(experiment):
 
 def cell_values(data, row, column):
     """Values of a cell, of each seed that has one. For "gap COLUMN" in percent: 0 is MoCo v2 alone, 100 the teacher."""
-    key = column.removeprefix("gap ")
-    names = [row] if key == column else [row, "moco_v2", "teacher"]
-    if len(names) == 3 and not row.startswith(("disco", "seed")):
+    key, _, other = column.removeprefix("gap ").partition(" minus ")
+    names = [row, other] if other else [row]
+    if column.startswith("gap "):
+        names = [row, "moco_v2", "teacher"] if row.startswith(("disco", "seed")) else []
+    if row == other or not names:
         return []
     for name in names:
         if key not in data["rows"].get(name, {}):
             raise SystemExit(f"docs/results has no {key} of {name}: correct TABLES in docs/figures.py, or collect it")
     seeds = [values for values in zip(*(data["rows"][name][key] for name in names), strict=True) if None not in values]
-    return [x[0] if key == column else 100 * (x[0] - x[1]) / (x[2] - x[1]) for x in seeds]
+    if len(names) == 3:
+        return [100 * (own - alone) / (teacher - alone) for own, alone, teacher in seeds]
+    return [own - reference for own, reference in seeds] if other else [own for (own,) in seeds]
 
 
 def cell(column, values):
     """Text of a cell: the mean with the range over the seeds; of a setting each of its values."""
     if column in SETTINGS or not values:
         return ", ".join(f"{value:,}".removesuffix(".0") for value in sorted(set(values)))
-    mean = f"{sum(values) / len(values):.1f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.1f} to {max(values):.1f})"
+    sign = "+" if " minus " in column else ""
+    mean, low, high = (f"{value:{sign}.1f}" for value in (sum(values) / len(values), min(values), max(values)))
+    return mean if len(values) == 1 else f"{mean} ({low} to {high})"
+
+
+def header(column):
+    """Header of a column."""
+    key, _, other = column.removeprefix("gap ").partition(" minus ")
+    text = HEADERS.get(key, key).replace(" 1percent", ", 1 %")
+    return f"gap closed, {text}" if column.startswith("gap ") else f"{text}, difference" if other else text
 
 
 def table_text(name):
@@ -211,8 +237,7 @@ def table_text(name):
     data = load(experiment)
     if not data:
         return "No results yet.\n"
-    headers = [re.sub("gap (.*)", r"gap closed, \1", HEADERS.get(c, c)).replace(" 1percent", ", 1 %") for c in columns]
-    lines = [["network", *headers], ["---"] * (1 + len(columns))]
+    lines = [["network", *map(header, columns)], ["---"] * (1 + len(columns))]
     for row, label in rows.items():
         values = [cell_values(data, row, column) for column in columns]
         count, seeds = min(len(found) for found in values if found), len(data["seeds"])

@@ -144,6 +144,18 @@ def test_table_and_share_of_the_gap(results, monkeypatch):
     assert figures.fill("<!-- value: example -->50.1.\n") == "<!-- value: example -->50.\n"
 
 
+def test_difference_to_another_network_of_the_same_seed(results, monkeypatch):
+    columns = ["20-NN", "20-NN minus disco"]
+    rows = {"disco": "DisCo", "seed": "SEED"}
+    monkeypatch.setitem(figures.TABLES, "example", ("quickstart", columns, rows))
+    header, _, *lines = figures.table_text("example").splitlines()
+    assert header == "| network | 20-NN | 20-NN, difference |"
+    assert lines == [
+        "| DisCo | 60.0 (50.0 to 70.0) |  |",
+        "| SEED | 57.6 (50.1 to 65.0) | -2.4 (-19.9 to +15.0) |",
+    ]
+
+
 def test_a_seed_without_a_value_is_left_out_and_said(results, docs, monkeypatch):
     results["rows"]["disco"]["linear"][0] = None
     (docs / "results" / "quickstart.json").write_text(json.dumps(results))
