@@ -22,20 +22,27 @@ DOCS = Path(__file__).parent
 # "gap COLUMN" is the share of the gap between MoCo v2 alone and the teacher that a distilled student closes,
 # "COLUMN minus ROW" the difference to another network of the same seed.
 KNN, GAP = ["10-NN", "20-NN"], ["gap 20-NN", "gap linear"]
+FEW = [column + " 1percent" for column in (*KNN, "linear", *GAP)]
 METHODS = {"teacher": "teacher", "disco": "DisCo", "seed": "SEED", "moco_v2": "MoCo v2 alone",
            "random": "random weights", "pixels": "raw pixels"}  # fmt: skip
 FROM_DISCO, FROM_SEED = (["20-NN", f"20-NN minus {row}", "linear", f"linear minus {row}"] for row in ("disco", "seed"))
 FASHION = {**METHODS, "teacher": "teacher, Wide-ResNet-16-2", "moco_v2_resnet8": "ResNet-8, MoCo v2 alone"}
+FASHION_RESNET8 = {row: FASHION[row] for row in ("teacher", "disco", "seed", "moco_v2", "random")}
 TABLES = {
     "quickstart": ("quickstart", ["parameters", *KNN, "linear", *GAP], METHODS),
     "baseline": ("baseline", ["epochs", "training lr", *KNN, "linear"], {
         "moco_v2_lr0.03": "MoCo v2", "moco_v2_lr0.3": "MoCo v2", "moco_v2_long": "MoCo v2",
     }),
     "fashion": ("fashion", ["parameters", *KNN, "linear", *GAP], FASHION),
-    "fashion_few": ("fashion", [column + " 1percent" for column in (*KNN, "linear", *GAP)], FASHION),
+    "fashion_few": ("fashion", FEW, FASHION),
     "fashion_rates": ("fashion", ["training lr", "20-NN 1percent", "linear 1percent"], {
         "moco_v2": "MoCo v2 alone", "moco_v2_lr0.03": "MoCo v2 alone", "moco_v2_lr0.1": "MoCo v2 alone",
         "moco_v2_lr0.3": "MoCo v2 alone",
+    }),
+    "fashion_resnet8": ("fashion_resnet8", ["parameters", *KNN, "linear", *GAP], FASHION_RESNET8),
+    "fashion_resnet8_few": ("fashion_resnet8", FEW, FASHION_RESNET8),
+    "fashion_resnet8_rates": ("fashion_resnet8", ["training lr", "20-NN 1percent", "linear 1percent"], {
+        "moco_v2_lr0.03": "MoCo v2 alone", "moco_v2": "MoCo v2 alone", "moco_v2_lr0.3": "MoCo v2 alone",
     }),
     "disco_hidden": ("ablations", FROM_DISCO, {
         "disco_hidden64": "hidden layer of 64", "disco_hidden128": "128", "disco_hidden512": "512",
@@ -80,7 +87,7 @@ SETTINGS = ("parameters", "epochs", "training lr", "at lr")
 # Figures in sentences, over all seeds: (min or max, table, rows, columns), rounded down or up to a whole number
 VALUES = {
     "quickstart": (min, "quickstart", ["disco", "seed"], GAP),
-    "fashion": (min, "fashion_few", ["disco", "seed"], [column + " 1percent" for column in GAP]),
+    "fashion": (min, "fashion_few", ["disco", "seed"], FEW[-2:]),
     "fashion_all": (min, "fashion", ["disco", "seed"], GAP),
 }
 # The pictures show the quick start: colour and style of its curves, and the networks whose neighbours are shown
