@@ -89,6 +89,7 @@ VALUES = {
     "quickstart": (min, "quickstart", ["disco", "seed"], GAP),
     "fashion": (min, "fashion_few", ["disco", "seed"], FEW[-2:]),
     "fashion_all": (min, "fashion", ["disco", "seed"], GAP),
+    "fashion_resnet8": (min, "fashion_resnet8_few", ["disco", "seed"], FEW[-2:]),
 }
 # The pictures show the quick start: colour and style of its curves, and the networks whose neighbours are shown
 CURVES = {"teacher": ("black", "-"), "disco": ("#0072b2", "-"), "seed": ("#d55e00", "-"), "moco_v2": ("#777777", "--")}
