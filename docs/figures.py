@@ -44,7 +44,7 @@ TABLES = {
     "fashion_resnet8_rates": ("fashion_resnet8", ["training lr", "20-NN 1percent", "linear 1percent"], {
         "moco_v2_lr0.03": "MoCo v2 alone", "moco_v2": "MoCo v2 alone", "moco_v2_lr0.3": "MoCo v2 alone",
     }),
-    "disco_hidden": ("ablations", FROM_DISCO, {
+    "disco_hidden": ("hidden", FROM_DISCO, {
         "disco_hidden64": "hidden layer of 64", "disco_hidden128": "128", "disco_hidden512": "512",
         "disco": "2048 (default)",
     }),
