@@ -46,7 +46,7 @@ TABLES = {
     }),
     "disco_hidden": ("hidden", FROM_DISCO, {
         "disco_hidden64": "hidden layer of 64", "disco_hidden128": "128", "disco_hidden512": "512",
-        "disco": "2048 (default)",
+        "disco": "2048 (default)", "teacher": "teacher",
     }),
     "disco_terms": ("ablations", FROM_DISCO, {
         "disco": "distillation and InfoNCE", "disco_alone": "distillation alone",
