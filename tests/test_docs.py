@@ -21,10 +21,10 @@ import common
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROGRAMS = [*ROOT.glob("*.py"), ROOT / "tests" / "faults.py", ROOT / "docs" / "figures.py"]
 FLAGS = {flag for file in PROGRAMS for flag in re.findall(r'"(--[\w-]+)"', file.read_text())}
-# Programs print their command line, so that nothing runs.
+# Programs print their command line, at once because two may run beside each other, so that nothing runs.
 SHELL = r"""
 for program in python python3 pip torchrun srun wget curl; do
-    eval "$program() { printf '%q ' $program \"\$@\"; echo; }"
+    eval "$program() { printf -v line '%q ' $program \"\$@\"; echo \"\$line\"; }"
 done
 PATH=/nowhere
 set -eu
@@ -51,8 +51,8 @@ def command_lines(page):
     return [shlex.split(line) for line in done.stdout.splitlines()]
 
 
-@each_page
-def test_command_lines_parse(page, monkeypatch):
+def arguments(page, monkeypatch):
+    """The words and the parsed arguments of each of the page's command lines that runs a script."""
     whole_names = functools.partialmethod(argparse.ArgumentParser.__init__, allow_abbrev=False)
     monkeypatch.setattr(argparse.ArgumentParser, "__init__", whole_names)
     for words in command_lines(page):
@@ -61,12 +61,25 @@ def test_command_lines_parse(page, monkeypatch):
         if words[0] == "torchrun":
             launch = get_args_parser().parse_args(words[1:])
             words = ["python", launch.training_script, *launch.training_script_args]
-        if words[0] != "python" or words[1] == "-m":
-            continue
-        monkeypatch.setattr(sys, "argv", words[1:])
-        args = vars(importlib.import_module(Path(words[1]).stem).parse_args())
+        if words[0] == "python" and words[1] != "-m":
+            monkeypatch.setattr(sys, "argv", words[1:])
+            yield words, vars(importlib.import_module(Path(words[1]).stem).parse_args())
+
+
+@each_page
+def test_command_lines_parse(page, monkeypatch):
+    for words, args in arguments(page, monkeypatch):
         networks = {args.get(name) for name in ("arch", "student", "teacher_arch", "train_teacher")}
         assert networks - {None} <= set(common.NETWORK_NAMES), words
+
+
+def test_quick_start_is_that_of_its_table(monkeypatch):
+    rows = json.loads((ROOT / "docs" / "results" / "quickstart.json").read_text())["rows"]
+    commands = [args for _, args in arguments(PAGES[0], monkeypatch) if args["data"] == "shapes:3000"]
+    runs = {Path(args["out"]).name: args for args in commands}
+    for name in figures.CURVES:
+        for column, argument in (("epochs", "epochs"), ("training lr", "lr")):
+            assert set(rows[name][column]) == {runs[name][argument]}, (name, argument)
 
 
 @each_page
