@@ -148,7 +148,7 @@ def distribute(model):
     if world_size() == 1:
         return model
     ddp_model = DistributedDataParallel(model)
-    ddp_model.forward_sync_buffers = ddp_model.broadcast_buffers = False  # torch 2.14 renamed it
+    ddp_model.broadcast_buffers = False
     return ddp_model
 
 
@@ -229,7 +229,8 @@ def common_parser(script, docstring, *, epochs, batch_size, lr, weight_decay):
     add = parser.add_argument
     add("--data", help=f"folder with train/ and val/ (default data/imagenet) or one of {', '.join(SMALL_SETS)}[:COUNT]")
     add("--data-root", default="data", help="where torchvision keeps or puts the small sets (default %(default)s)")
-    add("--image-size", type=positive_int, help="pixels (default 224 for a folder, 96 for stl10, else 32)")
+    add("--image-size", type=positive_int, help="pixels (default 224 for a folder, 96 for stl10, else 32; "
+        "in linear_eval.py that of the weights)")  # fmt: skip
     add("--epochs", type=positive_int, default=epochs, help="default %(default)s, the paper's")
     add("--max-steps", type=positive_int, help="stop after so many steps; the schedule still follows --epochs")
     add("--batch-size", type=positive_int, default=batch_size, help="over all processes (default %(default)s)")
@@ -237,8 +238,9 @@ def common_parser(script, docstring, *, epochs, batch_size, lr, weight_decay):
     if lr is not None:
         add("--lr", type=positive_float, default=lr, help="learning rate (default %(default)s, for the default batch)")
     add("--seed", type=number(int, 0), default=0, help="of weights, order and augmentation (default %(default)s)")
-    workers = min(8, max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    add("--workers", type=number(int, 0), default=workers, help="decoding processes a GPU (default %(default)s)")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS lacks it
+    workers = min(8, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    add("--workers", type=number(int, 0), default=workers, help="decoding processes per GPU (default %(default)s)")
     add("--out", default=f"runs/{script}", help="the run's folder (default %(default)s)")
     add("--checkpoint-minutes", type=positive_float, default=10.0, help="between two checkpoints (default %(default)s)")
     add("--max-bad-images", type=number(int, 0), default=100, help="unreadable images allowed (default %(default)s)")
@@ -1018,11 +1020,11 @@ def load_teacher(path, arch=None, image_size=None, trust=False):
     return Encoder(backbone, head).requires_grad_(False).eval()
 
 
-def load_classifier(path, arch=None, num_classes=None):
+def load_classifier(path, arch=None, num_classes=None, image_size=None):
     """Read a labelled network, a frozen Classifier in eval mode; arguments and errors as in `load_teacher`."""
     if str(path).endswith(".pt2"):
         raise UserError(f"{path} is a program and has no linear classifier: a network trained with labels is needed")
-    backbone, _, state = load_backbone(path, arch)
+    backbone, _, state = load_backbone(path, arch, image_size)
     if state.keys() != {"weight", "bias"}:
         raise UserError(f"{path} holds no linear classifier: a network trained with labels is needed")
     classifier = build_head(path, state)
@@ -1060,9 +1062,11 @@ def load_backbone(path, arch, image_size=None):
 
 def torchvision_weights(arch):
     """torchvision's labelled weights, fetched where missing, in the form of a file."""
+    if arch in ("googlenet", "inception_v3", "efficientnet_v2_l"):
+        raise UserError(f"torchvision's weights of {arch} expect images that are normalized in another way")
     try:
-        weights = torchvision.models.get_model_weights(arch).DEFAULT
-        return {"state_dict": weights.get_state_dict(progress=rank() == 0), "image_size": 224}
+        network = torchvision.models.get_model(arch, weights="DEFAULT", progress=rank() == 0)
+        return {"state_dict": network.state_dict(), "image_size": 224}
     except (ValueError, TypeError, AttributeError, OSError) as error:
         raise UserError(f"torchvision has no weights for {arch} ({error}): pass --teacher-arch or --arch") from None
 
@@ -1219,6 +1223,9 @@ def infer_arch(path, state, arch=None):
 
 def load_strict(module, state, what, assign=False):
     """Load a state dict, with `assign` without a copy; raises UserError, naming keys, where it does not fit."""
+    state, types = OrderedDict(state), torchvision.models.MNASNet
+    # MNASNet requires the version of its state dict, which a plain dict does not keep
+    state._metadata = {name: {"version": 2} for name, part in module.named_modules() if isinstance(part, types)}
     try:
         module.load_state_dict(state, assign=assign)
     except RuntimeError as error:
@@ -1540,6 +1547,7 @@ class Run:
                 "unreadable": sorted(self.named),
             }
             atomic_write(self.folder / "checkpoint.pth", lambda file: torch.save(checkpoint, file))
+        broadcast(None)  # nothing is saved before rank 0 has written it
         self.unsaved, self.saved_at = False, time.monotonic()
 
     def stop(self, number, frame=None):

@@ -85,6 +85,8 @@ class CachedBatches:
     def __init__(self, features, labels, batch_size, seed):
         self.features, self.labels, self.batch_size, self.seed = features, labels, batch_size, seed
         self.numbers = (labels >= 0).nonzero()[:, 0]  # of images that can be read
+        if len(self.numbers) < batch_size:
+            raise common.UserError(f"--batch-size {batch_size} is larger than the {len(self.numbers)} readable images")
 
     def __len__(self):
         return len(self.numbers) // self.batch_size
@@ -170,17 +172,21 @@ def subset_from_list(dataset, path):
     if dataset.in_memory:
         raise common.UserError(f"--label-list {path} needs a folder as --data; without one, pass --label-fraction")
     try:
-        names = Path(path).read_text().split()
+        names = Path(path).read_text().splitlines()
     except (OSError, ValueError) as error:
         raise common.UserError(f"cannot read --label-list {path} ({error})") from None
     places = {}
     for number in range(len(dataset)):
         file = Path(dataset.path(number))
-        places[file.name] = places[f"{file.parent.name}/{file.name}"] = number
-    absent = [name for name in names or ["no image"] if name not in places]
-    if absent:
-        raise common.UserError(f"--label-list {path} names {absent[0]}, which is not among the training images")
-    return common.subset(dataset, np.unique([places[name] for name in names]))
+        for name in (file.name, f"{file.parent.name}/{file.name}"):
+            places.setdefault(name, []).append(number)
+    numbers = []
+    for name in [name.strip() for name in names if name.strip()] or ["no image"]:
+        found = places.get(name, [])
+        if len(found) != 1:
+            raise common.UserError(f"--label-list {path} names {name}, and {len(found)} training images have this name")
+        numbers += found
+    return common.subset(dataset, np.unique(numbers))
 
 
 def load_weights(args, name, image_size=None):

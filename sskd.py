@@ -205,7 +205,7 @@ def main():
     student, teacher = common.build_classifier(args.student, train.num_classes, size), None
     networks, files = [student], []
     if args.teacher:
-        teacher = common.load_classifier(args.teacher, args.teacher_arch, train.num_classes)
+        teacher = common.load_classifier(args.teacher, args.teacher_arch, train.num_classes, size)
         common.check_input_size(teacher.backbone, args.teacher, size)
         networks, files = [student, teacher], [args.teacher]
     for network in networks:
@@ -283,7 +283,7 @@ def parse_args():
     parser = common.common_parser("sskd", __doc__, epochs=CIFAR["epochs"], batch_size=CIFAR["batch_size"],
                                   lr=CIFAR["lr"], weight_decay=5e-4)  # fmt: skip
     add, weight = parser.add_argument, common.number(float, 0)
-    add("--train-teacher", metavar="NAME", help="train this network on labels alone, to be a teacher")
+    add("--train-teacher", metavar="NAME", help="train a teacher on labels alone, by default in runs/sskd_teacher")
     add("--teacher", help="file of a labelled network, or torchvision, its labelled weights of --teacher-arch")
     add("--teacher-arch", help="the teacher's network (default: read from its file)")
     add("--student", help="network, any of torchvision's or of CIFAR's (common.CIFAR_NETWORKS)")
@@ -303,7 +303,7 @@ def parse_args():
         "of each class's images, picked by --seed (default all)")  # fmt: skip
     add("--label-noise", type=common.fraction, default=0.0, help="make this part of the labels wrong (default none)")
     args = parser.parse_args()
-    if bool(args.train_teacher) == bool(args.teacher and args.student) or (args.train_teacher and args.teacher):
+    if bool(args.train_teacher) == bool(args.teacher) or bool(args.teacher) != bool(args.student):
         raise common.UserError("pass either --train-teacher NAME, or --teacher FILE and --student NAME")
     folder = (args.data or "").partition(":")[0] not in common.SMALL_SETS
     network = args.train_teacher or args.student

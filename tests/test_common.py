@@ -408,6 +408,7 @@ def test_backbones_of_every_family(arch):
         options = {"aux_logits": False, "init_weights": False} if arch == "googlenet" else {}
         missing, unexpected = torchvision.models.get_model(arch, **options).load_state_dict(state, strict=False)
         assert not unexpected and {key.rpartition(".")[0] for key in missing} == {backbone.classifier_name}
+        common.load_strict(backbone, dict(state), arch)  # as from a checkpoint
 
 
 def test_every_torchvision_name_builds():

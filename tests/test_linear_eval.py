@@ -72,6 +72,8 @@ def test_cached_batches_see_every_image_once_an_epoch():
         assert all(torch.equal(x[:, 0].long(), y) for (x,), y in epoch)
     assert not torch.equal(batches[0][0][1], batches[1][0][1])
     assert torch.equal(batches[2][0][1], batches[1][2][1])  # step 6 is the third of the second epoch
+    with pytest.raises(common.UserError, match="--batch-size 21 is larger than the 20 readable images"):
+        CachedBatches(features, labels, 21, 0)
 
 
 @pytest.fixture(scope="module")
@@ -296,6 +298,13 @@ def test_labels_by_list_and_by_fraction(tmp_path, image_folder, teacher_file):
     listed = linear_eval.subset_from_list(common.FolderDataset(image_folder / "train"), names)
     assert [listed.path(i)[-9:] for i in range(len(listed))] == ["ant/0.jpg", "ant/3.jpg", "ee/1.JPEG", "bee/7.jpg"]
     assert listed.labels.tolist() == [0, 0, 1, 1]
+    shutil.copytree(image_folder / "train" / "ant", tmp_path / "train" / "ant")
+    (tmp_path / "train" / "ant" / "0.jpg").rename(tmp_path / "train" / "ant" / "a name.jpg")
+    names.write_text("a name.jpg\n\n7.jpg\n")
+    assert len(linear_eval.subset_from_list(common.FolderDataset(tmp_path / "train"), names)) == 2
+    with pytest.raises(common.UserError, match=r"names 7.jpg, and 2 training images have this name"):
+        names.write_text("7.jpg\n")
+        linear_eval.subset_from_list(common.FolderDataset(image_folder / "train"), names)
 
 
 def test_picture_of_neighbours(tmp_path):

@@ -11,7 +11,7 @@ import time
 import faults
 import pytest
 import torch
-from conftest import error_lines, free_port, run, run_script, start_script
+from conftest import error_lines, free_port, on_processes, run, run_script, start_script
 
 import common
 
@@ -318,6 +318,20 @@ def test_only_rank_0_reads_and_writes_the_folder(tmp_path):
     assert [path.name for path in (tmp_path / "1" / "run").iterdir()] == ["checkpoint.pth"]
     run_script(f"{MOCO} --epochs 2 --out {tmp_path}/whole", processes=2)
     assert_same_outcome(tmp_path / "whole", tmp_path / "0" / "run")
+
+
+def save_slowly(folder):
+    """Whether the checkpoint is there after the first save, which takes rank 0 a second."""
+    write = common.atomic_write
+    common.atomic_write = lambda path, *args: (time.sleep(1), write(path, *args))
+    layer = torch.nn.Linear(2, 2)
+    args = argparse.Namespace(out=str(folder / "run"))
+    common.Run("slow", args).resume(layer, torch.optim.SGD(layer.parameters()), torch.amp.GradScaler("cpu"))
+    return (folder / "run" / "checkpoint.pth").exists()
+
+
+def test_no_process_goes_on_before_a_checkpoint_is_written(tmp_path):
+    assert on_processes(2, save_slowly, tmp_path, tmp_path) == [True, True]
 
 
 # -------------------------------------------------------------------------------------------------- Numbers and images

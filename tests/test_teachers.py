@@ -99,11 +99,15 @@ def test_labelled_transformers_have_a_classifier(tmp_path):
     assert torch.equal(common.load_classifier(tmp_path / "vit.pth")(images), network(images))
 
 
-def test_a_transformer_of_ours_is_a_teacher_at_any_size(teacher_of):
+def test_a_transformer_of_ours_is_a_teacher_at_any_size(teacher_of, tmp_path):
     backbone, images = common.build_backbone("vit_b_32", 64).eval(), torch.randn(2, 3, 64, 64)
     content = {"arch": "vit_b_32", "image_size": 64, "state_dict": backbone.state_dict()}
     torch.testing.assert_close(teacher_of(content)(images), backbone(images))
     assert teacher_of(content, image_size=96)(torch.randn(2, 3, 96, 96)).shape == (2, 768)
+    content["state_dict"] |= {"heads.head.weight": torch.randn(10, 768), "heads.head.bias": torch.zeros(10)}
+    torch.save(content, tmp_path / "labelled.pth")
+    classifier = common.load_classifier(tmp_path / "labelled.pth", image_size=96)
+    assert classifier(torch.randn(2, 3, 96, 96)).shape == (2, 10)
 
 
 def test_half_precision_files_become_float32(teacher_of):
