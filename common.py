@@ -1,4 +1,4 @@
-"""What the method scripts share, in the order of an experiment. No method lives here.
+"""What the method scripts share, in the order of an experiment. It contains no method.
 
 Processes       torchrun's environment, collectives, how a user's mistake ends
 Command line    the words that mean the same in every script
@@ -122,7 +122,7 @@ def init_device(seed):
         options = {"backend": "cpu:gloo,cuda:nccl", "device_id": device}
     if "RANK" in os.environ and not dist.is_initialized():
         try:
-            # If torchrun's agent hosts the store, a restart finds there the addresses of processes that are gone
+            # A store of torchrun's agent survives a restart, with the addresses of processes that are gone
             shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
             attempt = os.environ["TORCHELASTIC_RESTART_COUNT"] if shared else "0"
             store, number, count = next(dist.rendezvous("env://"))
@@ -211,7 +211,7 @@ def number(kind, low, high=math.inf, *, open_below=False):
     def parse(text):
         value = kind(text)
         if not low <= value <= high or (open_below and value == low):
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+            raise argparse.ArgumentTypeError(f"{text} is not in {'(' if open_below else '['}{low}, {high}]")
         return value
 
     parse.__name__ = kind.__name__  # argparse prints it if the text is no number
@@ -254,8 +254,8 @@ def common_parser(script, docstring, *, epochs, batch_size, lr, weight_decay):
 SMALL_SETS = {"cifar10": 32, "cifar100": 32, "stl10": 96, "fashion_mnist": 32, "shapes": 32}  # pixels of their images
 IMAGENET_MEAN_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of red, green and blue
 CIFAR_MEAN_STD = (0.5071, 0.4866, 0.4409), (0.2675, 0.2565, 0.2761)
-# The key of both data sets: indices of n images, views to make of each, random numbers (views, n, CROP_PARAMS), and
-# (seed, epoch), which choose replacements of unreadable images; None for evaluation.
+# The argument of both data sets' `__getitem__`: indices of n images, views to make of each, random numbers
+# (views, n, CROP_PARAMS), and (seed, epoch), which choose replacements of unreadable images; None for evaluation.
 BatchRequest = namedtuple("BatchRequest", "indices views random_params seeds")
 
 
@@ -547,7 +547,7 @@ def resize_weights(start, length, full, size):
 def draw_color(rng, n, size):
     """Random parameters of MoCo v2's colour operations for n images, a dict of arrays.
 
-    The paper's sigma is for 224 pixels and follows the image size here: at 32 pixels it would leave little content.
+    The paper's sigma is for 224 pixels and follows the image size here: at 32 pixels it would remove most content.
     """
     return {
         "jitter": rng.random(n) < 0.8,
@@ -605,7 +605,7 @@ def gaussian_blur(images, sigma):
 
 # How to make a view: crop a part `scale` of the area (None: all of it; of a file the centre), resize to `size` pixels,
 # flip with probability 1/2. augment: None or a function (images, rng) -> images of floats (n, 3, size, size) in [0, 1];
-# it can return several rows an image. All processes have the same rng: draw for all images, take the `local_share`.
+# it can return several rows per image. All processes have the same rng: draw for all images, take the `local_share`.
 View = namedtuple("View", "size scale augment", defaults=((0.2, 1.0), augment_color))
 
 
@@ -651,7 +651,7 @@ class Loader:
     def batches(self, step, stop):
         """Yield (views, labels) from the run's step `step` to the end of its epoch, or to step `stop` if that is first.
 
-        views: normalised float tensors (n, 3, size, size) on the device; labels: (n,); n images a process.
+        views: normalised float tensors (n, 3, size, size) on the device; labels: (n,); n images per process.
         """
         epoch = step // len(self)
         self.step, self.stop = step, min(stop, (epoch + 1) * len(self))
@@ -673,7 +673,7 @@ def worker_init(worker):
     """Make a worker ignore signals that reach all processes of a run: the main process needs it to save the run."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    sys.excepthook = lambda *error: None  # of the thread that sends batches, when the main process is gone
+    sys.excepthook = lambda *error: None  # hides errors of sending batches after the main process is gone
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=exit_with_parent, daemon=True).start()
@@ -857,7 +857,7 @@ def build_backbone(arch, image_size=224):
     """A network without its classifier, randomly initialised: (N, 3, H, W) -> features (N, feature_dim).
 
     Keys are torchvision's. Features are the classifier's input. Dropout and stochastic depth are off, as in the papers.
-    At 32 pixels and less torchvision's ResNets get a 3x3 stem, and vgg11 to vgg19, which both have, are CIFAR's.
+    At 32 pixels and less torchvision's ResNets get a 3x3 stem, and vgg11 to vgg19 are CIFAR's.
     Raises UserError for an unknown name and for images that are too small.
     """
     if arch not in NETWORK_NAMES:
@@ -865,7 +865,7 @@ def build_backbone(arch, image_size=224):
         raise UserError(f"unknown network {arch}, not one of torchvision's or CIFAR's: did you mean {close}?")
     small = image_size <= 32
     networks = {**LARGE_NETWORKS, **CIFAR_NETWORKS} if small else {**CIFAR_NETWORKS, **LARGE_NETWORKS}
-    # A transformer of whole patches: where they do not make up the image, check_input_size refuses it
+    # A transformer of whole patches: where they do not divide the image, check_input_size refuses it
     options = {"image_size": image_size - image_size % int(arch[-2:])} if arch.startswith("vit_") else {}
     network = networks[arch](**options)
     if small and isinstance(network, torchvision.models.ResNet):
@@ -954,7 +954,7 @@ def build_classifier(arch, num_classes, image_size=224):
 
 
 # Where files keep what. A file has the first layout whose mark begins one of its keys. backbone, head and classifier
-# are the beginnings of each part's keys; other keys are not read (SwAV's prototypes neither). activation: of the head.
+# are the beginnings of each part's keys; other keys are not read. activation: of the head.
 Layout = namedtuple("Layout", "written_by mark backbone head classifier activation", defaults=(None, None, nn.ReLU))
 LAYOUTS = (
     Layout("moco_v2.py", "encoder.head.", "encoder.backbone.", "encoder.head."),
@@ -1094,7 +1094,7 @@ def build_head(path, state, activation=nn.ReLU):
     """The head of a file: one linear layer, or an MLP with or without BatchNorm; the identity for none."""
     if state.keys() == {"weight", "bias"}:
         head = nn.Linear(state["weight"].shape[-1], len(state["weight"]))
-    else:  # layers bear their places in a Sequential; a place without weights is an activation
+    else:  # keys begin with places in a Sequential; a place without weights is an activation
         head = nn.Sequential()
         places = [int(key.partition(".")[0]) for key in state if key.partition(".")[0].isdecimal()]
         for place in range(max(places, default=-1) + 1):
@@ -1110,7 +1110,7 @@ def build_head(path, state, activation=nn.ReLU):
 
 
 def build_transformer(path, state, image_size=None, moco_v3=False):
-    """torchvision's VisionTransformer for the state dict of any, on the meta device, and the dict with its keys.
+    """torchvision's VisionTransformer, on the meta device, for any one's state dict, and the dict with its keys.
 
     LayerScale (DINOv2) is multiplied into the layer before it; registers become class tokens without a position.
     Positions are interpolated where image_size is not the file's, as the code of DINO and, with registers, DINOv2 does.
@@ -1190,7 +1190,8 @@ class Program(nn.Module):
 def infer_arch(path, state, arch=None):
     """Name of the network that a state dict fits, its backbone on the meta device, and the dict with its keys.
 
-    Raises UserError where no network is near. Keys of CRD's files become those of `CIFAR_NETWORKS`, in their order.
+    Raises UserError where no network has similar shapes. Keys of CRD's files become those of `CIFAR_NETWORKS`, in their
+    order.
     """
     # The last matrix of the file is a classifier of any number of classes, or there is none
     count = sum(value.numel() for value in state.values())
@@ -1278,13 +1279,13 @@ def nearest_neighbours(train, queries, k):
     (features, labels), found = train, []
     norms = features.norm(dim=1).clamp(min=1e-12)
     numbers = local_share(torch.arange(len(labels), device=labels.device))
-    # Subtracted in float64: less than the rounding error of a similarity, it decides between equal ones.
+    # Breaks ties: smaller than the rounding error of a similarity, so it is subtracted in float64.
     offsets = (numbers.double() * 2**-52).masked_fill(local_share(labels) < 0, torch.inf)
     for own in queries.split(max(1, KNN_BLOCK // world_size())):
         everyones = F.normalize(gather(own), dim=1)
         similarity = (everyones @ features.T).div_(norms) - offsets
         similarity, places = similarity.topk(min(k, len(features)), dim=1)
-        # What all shares have for the queries of this process: (world_size * m, k) -> (m, world_size * k)
+        # Candidates of all shares for the queries of this process: (world_size * m, k) -> (m, world_size * k)
         similarity, images = (local_share(unshuffle(x).view(len(x), -1)) for x in (similarity, numbers[places]))
         similarity, places = similarity.topk(min(k, similarity.shape[1]), dim=1)
         found.append((similarity.float(), images.gather(1, places)))

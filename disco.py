@@ -44,7 +44,7 @@ def distill_loss(student, teacher):
 class DisCo(nn.Module):
     """Student, mean student, frozen teacher and the queue of the mean student's keys.
 
-    student, teacher: images (N, 3, H, W) -> embeddings (N, dim). momentum: of the moving average, a step.
+    student, teacher: images (N, 3, H, W) -> embeddings (N, dim). momentum: of the moving average, per step.
     teacher_bn: "running" normalises with the teacher's running statistics, "batch" with those of the batch, as the
     released code does; neither changes the teacher. contrastive=False leaves out InfoNCE, mean student and queue, the
     paper's row of distillation alone.
@@ -103,7 +103,7 @@ class DisCo(nn.Module):
 
 
 def cosine_lr(lr, epoch, epochs):
-    """Learning rate of an epoch: from lr to 0 along half a cosine, a step an epoch as released."""
+    """Learning rate of an epoch: from lr to 0 along half a cosine, changed once per epoch as released."""
     return lr * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
 
 

@@ -6,8 +6,8 @@ for other networks; here several rates are tried at once, with a layer each on t
 features of centre crops are computed once and all epochs are trained on them.
 k-NN: a vote of the k nearest training images by cosine similarity (SEED: k = 10), plain and weighted.
 Fine-tuning (--finetune): the network itself is trained, at a learning rate of its own. With a part of the labels,
-either of them is the papers' semi-supervised test; with another data set, their transfer test. Without --image-size,
-images have the size that a checkpoint stores, 32 pixels for networks made for those, 224 for others.
+linear probe and fine-tuning are the papers' semi-supervised tests; with another data set, their transfer tests. Without
+--image-size, images have the size that a checkpoint stores, 32 pixels for networks made for those, 224 for others.
 
     torchrun --nproc_per_node=8 linear_eval.py --weights runs/disco/backbone.pth
     torchrun --nproc_per_node=8 linear_eval.py --weights runs/disco/backbone.pth --label-fraction 0.01 --finetune
@@ -48,8 +48,8 @@ class Probe(nn.Module):
 def evaluate(head, features, labels):
     """Accuracies in percent of a linear layer on validation features, and its confusion matrix.
 
-    features, labels: from `common.extract_features`. Returns {"top1", "top5", "per_class": a value a class (None where
-    it has no image), "confusion": [true][predicted]}.
+    features, labels: from `common.extract_features`. Returns {"top1", "top5", "per_class": one value each (None
+    without an image), "confusion": [true][predicted]}.
     """
     labels = common.local_share(labels)
     features, labels = features[labels >= 0], labels[labels >= 0]
@@ -165,7 +165,7 @@ def main():
 
 
 def subset_from_list(dataset, path):
-    """The part of a folder that a text file names, a line an image: its file name, as in SimCLR's lists, or CLASS/NAME.
+    """The part of a folder that a text file names, a line per image: NAME, as in SimCLR's lists, or CLASS/NAME.
 
     Raises UserError for a set in memory, for a file that cannot be read and for a name that the folder does not have.
     """
@@ -315,7 +315,7 @@ def parse_args():
         "of the epochs (MoCo, SEED), or DisCo's halvings (default %(default)s)")  # fmt: skip
     add("--cached", action="store_true", help="train on the features of centre crops, computed once")
     add("--finetune", action="store_true", help="train the network, too (default then 20 epochs)")
-    add("--backbone-lr", type=common.positive_float, default=0.01, help="its learning rate (default %(default)s)")
+    add("--backbone-lr", type=common.positive_float, default=0.01, help="with --finetune (default %(default)s)")
     add("--label-fraction", type=common.number(float, 0, 1, open_below=True), default=1.0, help="train on this part "
         "of each class's images, picked by --seed (default all)")  # fmt: skip
     add("--label-list", metavar="FILE", help="train on the images that a text file names, as SimCLR's 1 %% of ImageNet")

@@ -41,7 +41,7 @@ def info_nce(query, key, queue, temperature):
 class MoCo(nn.Module):
     """Encoder, its momentum encoder and the queue of keys (MoCo, algorithm 1).
 
-    encoder: images (N, 3, H, W) -> embeddings (N, dim). momentum: of the moving average, a step.
+    encoder: images (N, 3, H, W) -> embeddings (N, dim). momentum: of the moving average, per step.
     """
 
     def __init__(self, encoder, dim=128, queue_size=65536, momentum=0.999, temperature=0.2):
@@ -71,7 +71,7 @@ class MoCo(nn.Module):
 
 
 def cosine_lr(lr, epoch, epochs):
-    """Learning rate of an epoch: from lr to 0 along half a cosine, a step an epoch as released."""
+    """Learning rate of an epoch: from lr to 0 along half a cosine, changed once per epoch as released."""
     return lr * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
 
 

@@ -1,7 +1,7 @@
 """SEED: Self-Supervised Distillation for Visual Representation (Fang et al., ICLR 2021, arXiv:2101.04731).
 
-A small student learns the similarities between images from a frozen teacher: its distribution of similarities to a
-queue of the teacher's embeddings, and to the image's own, moves to the teacher's. One view; no contrastive term.
+The similarities of an image to the teacher's embeddings of itself and of a queue of images form a distribution. A
+small student learns the distribution of a frozen teacher. One view; no contrastive term.
 
     loss = cross-entropy(p_teacher, p_student),   p(k) = softmax_k(z.d_k / T),   D+ = (t(x), queue)
 
@@ -182,7 +182,7 @@ def parse_args():
     add("--queue-size", type=common.positive_int, default=65536, help="embeddings compared (default %(default)s)")
     add("--student-temperature", type=common.positive_float, default=0.2, help="default %(default)s, the paper's")
     add("--teacher-temperature", type=common.positive_float, default=0.01, help="default %(default)s, the paper's")
-    add("--small-crops", type=common.number(int, 0), default=0, help="crops an image (default %(default)s; 6 for SwAV)")
+    add("--small-crops", type=common.number(int, 0), default=0, help="per image (default %(default)s; 6 for SwAV)")
     add("--small-size", type=common.positive_int, help="pixels of the small crops (default: 96 of 224, in proportion)")
     add("--warmup-epochs", type=common.number(int, 0), default=5, help="default %(default)s, the paper's")
     add("--knn-every", type=common.positive_int, help="log k-NN accuracy every so many epochs (default: never)")

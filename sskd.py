@@ -52,7 +52,7 @@ def positive_targets(similarity):
 
 
 def ss_head_loss(embedding):
-    """Loss of the self-supervision head: which upright image is a turned one of? embedding: (4B, D)."""
+    """Loss of the self-supervision head: which upright image was rotated? embedding: (4B, D)."""
     similarity = similarities(embedding)
     return F.cross_entropy(similarity, positive_targets(similarity))
 
@@ -120,7 +120,7 @@ def rotate_and_crop(images, rng, rotations, padding):
 def gather_with_gradient(x):
     """As `common.gather`, with a gradient for this process's rows, for a loss that every process computes.
 
-    It is multiplied by the number of processes, because DistributedDataParallel takes the mean over the processes.
+    The gradient is multiplied by the number of processes, because DistributedDataParallel takes their mean.
     """
     if common.world_size() == 1:
         return x
