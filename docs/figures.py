@@ -25,17 +25,17 @@ KNN, GAP = ["10-NN", "20-NN"], ["gap 20-NN", "gap linear"]
 FEW = [column + " 1percent" for column in (*KNN, "linear", *GAP)]
 METHODS = {"teacher": "teacher", "disco": "DisCo", "seed": "SEED", "moco_v2": "MoCo v2 alone",
            "random": "random weights", "pixels": "raw pixels"}  # fmt: skip
+AGAIN = {row: METHODS[row] for row in ("teacher", "disco", "seed", "moco_v2", "random")}
 FROM_DISCO, FROM_SEED = (["20-NN", f"20-NN minus {row}", "linear", f"linear minus {row}"] for row in ("disco", "seed"))
 FASHION = {**METHODS, "teacher": "teacher, Wide-ResNet-16-2", "moco_v2_resnet8": "ResNet-8, MoCo v2 alone"}
 FASHION_RESNET8 = {row: FASHION[row] for row in ("teacher", "disco", "seed", "moco_v2", "random")}
 TABLES = {
     "quickstart": ("quickstart", ["parameters", *KNN, "linear", *GAP], METHODS),
-    "quickstart_again": ("quickstart_again", [*KNN, "linear", *GAP], {
-        "teacher": "teacher", "disco": "DisCo", "disco_lr0.1": "DisCo, learning rate 0.1", "seed": "SEED",
-        "moco_v2": "MoCo v2 alone", "random": "random weights",
-    }),
+    "quickstart_again": ("quickstart_again", [*KNN, "linear", *GAP], AGAIN),
+    "quickstart_avx2": ("quickstart_avx2", [*KNN, "linear", *GAP], AGAIN),
     "baseline": ("baseline", ["epochs", "training lr", *KNN, "linear"], {
         "moco_v2_lr0.03": "MoCo v2", "moco_v2_lr0.3": "MoCo v2", "moco_v2_long": "MoCo v2",
+        "moco_v2_two": "MoCo v2, two processes",
     }),
     "fashion": ("fashion", ["parameters", *KNN, "linear", *GAP], FASHION),
     "fashion_few": ("fashion", FEW, FASHION),
@@ -48,24 +48,24 @@ TABLES = {
     "fashion_resnet8_rates": ("fashion_resnet8", ["training lr", "20-NN 1percent", "linear 1percent"], {
         "moco_v2_lr0.03": "MoCo v2 alone", "moco_v2": "MoCo v2 alone", "moco_v2_lr0.3": "MoCo v2 alone",
     }),
-    "disco_hidden": ("ablations_disco", FROM_DISCO, {
+    "disco_hidden": ("ablations", FROM_DISCO, {
         "disco_hidden64": "hidden layer of 64", "disco_hidden128": "128", "disco_hidden512": "512",
         "disco": "2048 (default)",
     }),
-    "disco_terms": ("ablations_disco", FROM_DISCO, {
+    "disco_terms": ("ablations", FROM_DISCO, {
         "disco": "distillation and InfoNCE", "disco_alone": "distillation alone",
         "disco_bn_batch": "both, the teacher with `--teacher-bn batch`",
     }),
-    "seed_objective": ("ablations_seed", FROM_SEED, {
+    "seed_objective": ("ablations", FROM_SEED, {
         "seed": "SEED", "seed_l2": "squared distance (`l2`)", "seed_contrastive": "`contrastive`",
     }),
-    "seed_temperature": ("ablations_seed", FROM_SEED, {
+    "seed_temperature": ("ablations", FROM_SEED, {
         "seed": "T = 0.01 (default)", "seed_t0.04": "0.04", "seed_t0.07": "0.07", "seed_t0.2": "0.2",
     }),
-    "seed_queue": ("ablations_seed", FROM_SEED, {
+    "seed_queue": ("ablations", FROM_SEED, {
         "seed_queue128": "queue of 128", "seed": "1024", "seed_queue4096": "4096",
     }),
-    "teachers": ("ablations_disco", ["epochs", "20-NN", "linear"], {
+    "teachers": ("ablations", ["epochs", "20-NN", "linear"], {
         "teacher": "teacher", "teacher_weak": "weaker teacher", "disco": "DisCo from the teacher",
         "disco_weak": "DisCo from the weaker one", "seed": "SEED from the teacher",
         "seed_weak": "SEED from the weaker one",
@@ -91,9 +91,12 @@ SETTINGS = ("parameters", "epochs", "training lr", "at lr")
 # Figures in sentences, over all seeds: (min or max, table, rows, columns), rounded down or up to a whole number
 VALUES = {
     "quickstart": (min, "quickstart", ["disco", "seed"], GAP),
+    "quickstart_again": (min, "quickstart_again", ["disco", "seed"], GAP),
+    "quickstart_avx2": (min, "quickstart_avx2", ["disco", "seed"], GAP),
     "fashion": (min, "fashion_few", ["disco", "seed"], FEW[-2:]),
     "fashion_all": (min, "fashion", ["disco", "seed"], GAP),
     "fashion_resnet8": (min, "fashion_resnet8_few", ["disco", "seed"], FEW[-2:]),
+    "fashion_resnet8_all": (min, "fashion_resnet8", ["disco", "seed"], GAP),
 }
 # The pictures show the quick start: colour and style of its curves, and the networks whose neighbours are shown
 CURVES = {"teacher": ("black", "-"), "disco": ("#0072b2", "-"), "seed": ("#d55e00", "-"), "moco_v2": ("#777777", "--")}
