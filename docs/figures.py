@@ -34,8 +34,8 @@ TABLES = {
     "quickstart_again": ("quickstart_again", [*KNN, "linear", *GAP], AGAIN),
     "quickstart_avx2": ("quickstart_avx2", [*KNN, "linear", *GAP], AGAIN),
     "baseline": ("baseline", ["epochs", "training lr", *KNN, "linear"], {
-        "moco_v2_lr0.03": "MoCo v2", "moco_v2_lr0.3": "MoCo v2", "moco_v2_long": "MoCo v2",
-        "moco_v2_two": "MoCo v2, two processes",
+        "moco_v2_lr0.03": "MoCo v2", "moco_v2_lr0.1": "MoCo v2", "moco_v2_lr1": "MoCo v2",
+        "moco_v2_two": "MoCo v2, two processes", "moco_v2_long": "MoCo v2",
     }),
     "fashion": ("fashion", ["parameters", *KNN, "linear", *GAP], FASHION),
     "fashion_few": ("fashion", FEW, FASHION),
@@ -48,24 +48,24 @@ TABLES = {
     "fashion_resnet8_rates": ("fashion_resnet8", ["training lr", "20-NN 1percent", "linear 1percent"], {
         "moco_v2_lr0.03": "MoCo v2 alone", "moco_v2": "MoCo v2 alone", "moco_v2_lr0.3": "MoCo v2 alone",
     }),
-    "disco_hidden": ("ablations", FROM_DISCO, {
+    "disco_hidden": ("ablations_disco", FROM_DISCO, {
         "disco_hidden64": "hidden layer of 64", "disco_hidden128": "128", "disco_hidden512": "512",
         "disco": "2048 (default)",
     }),
-    "disco_terms": ("ablations", FROM_DISCO, {
+    "disco_terms": ("ablations_disco", FROM_DISCO, {
         "disco": "distillation and InfoNCE", "disco_alone": "distillation alone",
         "disco_bn_batch": "both, the teacher with `--teacher-bn batch`",
     }),
-    "seed_objective": ("ablations", FROM_SEED, {
+    "seed_objective": ("ablations_seed", FROM_SEED, {
         "seed": "SEED", "seed_l2": "squared distance (`l2`)", "seed_contrastive": "`contrastive`",
     }),
-    "seed_temperature": ("ablations", FROM_SEED, {
+    "seed_temperature": ("ablations_seed", FROM_SEED, {
         "seed": "T = 0.01 (default)", "seed_t0.04": "0.04", "seed_t0.07": "0.07", "seed_t0.2": "0.2",
     }),
-    "seed_queue": ("ablations", FROM_SEED, {
+    "seed_queue": ("ablations_seed", FROM_SEED, {
         "seed_queue128": "queue of 128", "seed": "1024", "seed_queue4096": "4096",
     }),
-    "teachers": ("ablations", ["epochs", "20-NN", "linear"], {
+    "teachers": ("ablations_disco", ["epochs", "20-NN", "linear"], {
         "teacher": "teacher", "teacher_weak": "weaker teacher", "disco": "DisCo from the teacher",
         "disco_weak": "DisCo from the weaker one", "seed": "SEED from the teacher",
         "seed_weak": "SEED from the weaker one",
