@@ -1049,9 +1049,8 @@ def load_backbone(path, arch, image_size=None):
         arch, backbone, state = infer_arch(path, state, arch)
         size = image_size or checkpoint.get("image_size")
         # A backbone.pth has the config.json of its run beside it
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
-            config = json.loads(Path(path).with_name("config.json").read_text())
-            size = size or config.get("image_size") or config["arguments"]["image_size"]
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            size = size or json.loads(Path(path).with_name("config.json").read_text()).get("image_size")
         backbone.image_size = size if isinstance(size, int) else backbone.image_size
     for part in ("weight", "bias"):
         if f"{backbone.classifier_name}.{part}" in state:

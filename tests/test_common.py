@@ -618,7 +618,6 @@ def test_a_file_that_fits_nothing_is_refused_after_few_networks(tmp_path, monkey
     "config, size",
     [
         ({"image_size": 24}, 24),
-        ({"arguments": {"image_size": 24}}, 24),
         ({"arguments": {}}, 224),
         ([], 224),
         (None, 224),
