@@ -65,9 +65,10 @@ TABLES = {
     "seed_queue": ("ablations_seed", FROM_SEED, {
         "seed_queue128": "queue of 128", "seed": "1024", "seed_queue4096": "4096",
     }),
-    "seed_24": ("ablations_seed_24", ["20-NN minus seed", "linear minus seed"], {
-        "seed_l2": "`l2`", "seed_contrastive": "`contrastive`", "seed_t0.04": "T = 0.04", "seed_t0.07": "T = 0.07",
-        "seed_t0.2": "T = 0.2", "seed_queue128": "queue of 128", "seed_queue4096": "queue of 4096",
+    "seed_24": ("ablations_seed_24", FROM_SEED, {
+        "seed": "SEED, T = 0.01, queue of 1024", "seed_l2": "`l2`", "seed_contrastive": "`contrastive`",
+        "seed_t0.04": "T = 0.04", "seed_t0.07": "T = 0.07", "seed_t0.2": "T = 0.2",
+        "seed_queue128": "queue of 128", "seed_queue4096": "queue of 4096",
     }),
     "teachers": ("ablations_disco", ["epochs", "20-NN", "linear"], {
         "teacher": "teacher", "teacher_weak": "weaker teacher", "disco": "DisCo from the teacher",

@@ -46,7 +46,7 @@ def folder(tmp_path, monkeypatch, image_folder, teacher_file, vgg8_file):
     torch.save(common.build_classifier("resnet8", 7).plain().state_dict(), tmp_path / "seven.pth")
     (tmp_path / "vgg8.pth").symlink_to(vgg8_file)
     (tmp_path / "file").write_text("")
-    (tmp_path / "names.txt").write_text("0.jpg\nn1_7.JPEG\n")
+    (tmp_path / "names.txt").write_text("ant/0.jpg\nn1_7.JPEG\n")
     (tmp_path / "torn_run").mkdir()
     (tmp_path / "torn_run" / "config.json").write_text("{")
     (tmp_path / "other_run").mkdir()
