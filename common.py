@@ -1109,7 +1109,7 @@ def build_head(path, state, activation=nn.ReLU):
 
 
 def build_transformer(path, state, image_size=None, moco_v3=False):
-    """torchvision's VisionTransformer, on the meta device, for any one's state dict, and the dict with its keys.
+    """torchvision's VisionTransformer, on the meta device, for a state dict of any origin, and the dict with its keys.
 
     LayerScale (DINOv2) is multiplied into the layer before it; registers become class tokens without a position.
     Positions are interpolated where image_size is not the file's, as the code of DINO and, with registers, DINOv2 does.
@@ -1223,9 +1223,9 @@ def infer_arch(path, state, arch=None):
 
 def load_strict(module, state, what, assign=False):
     """Load a state dict, with `assign` without a copy; raises UserError, naming keys, where it does not fit."""
-    state, types = OrderedDict(state), torchvision.models.MNASNet
     # MNASNet requires the version of its state dict, which a plain dict does not keep
-    state._metadata = {name: {"version": 2} for name, part in module.named_modules() if isinstance(part, types)}
+    state, mnasnet = OrderedDict(state), torchvision.models.MNASNet
+    state._metadata = {name: {"version": 2} for name, part in module.named_modules() if isinstance(part, mnasnet)}
     try:
         module.load_state_dict(state, assign=assign)
     except RuntimeError as error:

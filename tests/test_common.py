@@ -3,6 +3,7 @@
 import argparse
 import io
 import json
+import os
 import struct
 import time
 import zlib
@@ -175,6 +176,15 @@ def results_of_a_process(image_folder, broken_folder, folder):
 def on_two(tmp_path_factory, image_folder, broken_folder):
     folder = tmp_path_factory.mktemp("on_two")
     return on_processes(2, results_of_a_process, folder, image_folder, broken_folder, folder)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="macOS")
+@pytest.mark.parametrize("cores, processes, workers", [(3, 1, 3), (32, 1, 8), (6, 2, 3), (1, 4, 1)])
+def test_as_many_workers_as_the_process_has_cores(cores, processes, workers, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    parser = common.common_parser("disco", "", epochs=1, batch_size=1, lr=1, weight_decay=0)
+    assert parser.parse_args([]).workers == workers
 
 
 @pytest.mark.parametrize("name", ["files", "broken files", "shapes"])

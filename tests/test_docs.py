@@ -120,8 +120,10 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
         exec(block, names)
     if page.stem == "README":
         assert names["keys"].missing_keys == ["classifier.1.weight", "classifier.1.bias"]
-        assert not names["keys"].unexpected_keys and names["logits"].shape == (5, 10)
+        assert not names["keys"].unexpected_keys
         names["detector"].eval()([torch.rand(3, 64, 64)])
+    if page.stem == "recipes":
+        assert names["logits"].shape == (5, 10)
 
 
 def test_numbers_of_parameters():

@@ -307,6 +307,16 @@ def test_torchvisions_weights_are_a_teacher(script, tmp_path, monkeypatch):
         run(f"{line} --out {tmp_path}/none")
 
 
+def test_torchvisions_older_files_get_its_keys_of_today(monkeypatch):
+    state = torchvision.models.densenet121().state_dict()
+    older = {re.sub(r"\.(norm|conv)([12])\.", r".\1.\2.", key): value
+             for key, value in state.items() if "num_batches" not in key}  # fmt: skip
+    assert "features.denseblock1.denselayer1.norm.1.weight" in older
+    monkeypatch.setattr(torchvision.models.DenseNet121_Weights, "get_state_dict", lambda *_, **__: older)
+    loaded = common.load_teacher("torchvision", "densenet121").backbone.state_dict()
+    assert loaded and all(torch.equal(value, state[key]) for key, value in loaded.items())
+
+
 def test_linear_eval_takes_todays_teachers(program, transformer_file, tmp_path, monkeypatch):
     """A transformer's positions follow the image size of the evaluation."""
     draw, sizes = common.draw_shapes, []
