@@ -14,13 +14,14 @@ import argparse
 import contextlib
 import copy
 import difflib
-import fcntl
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,7 +31,9 @@ import time
 import traceback
 import zipfile
 from collections import OrderedDict, namedtuple
-from functools import cache, partial
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -42,9 +45,15 @@ import torchvision
 from PIL import Image
 from torch.export.passes import move_to_device_pass
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:
+    sys.exit("these scripts run on Linux and macOS; on Windows, use its subsystem for Linux")
 
 # ------------------------------------------------------------------------------------------------------------ Processes
 
@@ -70,7 +79,8 @@ def world_size():
 def run_script(main):
     """Call `main()`; if one process fails, all exit and the cause is printed once.
 
-    Exit status: 2 and one line for a `UserError`, 143 for a run that a signal stopped, 130 for Ctrl-C, else 1.
+    Exit status: 2 and one line for a `UserError` or one of `KNOWN_ERRORS`, 143 for a run that a signal stopped, 130 for
+    Ctrl-C, else 1.
     """
     script = Path(sys.argv[0]).name
     try:
@@ -84,6 +94,9 @@ def run_script(main):
                 signal.signal(number, signal.SIG_IGN)
         status, message = 1, traceback.format_exc()
         lost = re.search(r"Connection (closed|reset) by \w*\s?peer|Broken pipe|ncclRemoteError", str(error))
+        known = [advice for pattern, advice in KNOWN_ERRORS.items() if re.search(pattern, str(error))]
+        if known and not isinstance(error, UserError):
+            error = UserError(f"{known[0]} ({str(error).partition(chr(10))[0]})")
         if isinstance(error, UserError):
             status, message = 2, f"{script}: error: {textwrap.shorten(str(error), 1000)}"
         elif isinstance(error, Stopped):
@@ -102,6 +115,21 @@ def run_script(main):
     sys.stdout.flush(), sys.stderr.flush()
     time.sleep(1)  # other processes may still ask the store, if this one hosts it
     os._exit(status)  # a normal exit waits for collectives with processes that are gone
+
+
+KNOWN_ERRORS = {  # a pattern of a library's message: the cause and the way out
+    r"DataLoader (worker|timed out)": "a loading process is lost: memory, /dev/shm or open files (ulimit -n) ran out: "
+    "lower --workers or --batch-size",
+    r"Too many open files|items of ancdata": "too many open files: raise `ulimit -n`, or lower --workers",
+    r"Expected more than 1 value per channel": "BatchNorm needs more than one image per process: raise --batch-size",
+}
+
+
+@cache
+def say(message):
+    """Print a line to stderr, once, on one process."""
+    if rank() == 0:
+        tqdm.write(message, file=sys.stderr)
 
 
 def init_device(seed):
@@ -189,7 +217,7 @@ def unshuffle(x):
     return gather(x).unflatten(0, (world_size(), len(x))).transpose(0, 1).flatten(0, 1)
 
 
-def local_share(x):
+def own_rows(x):
     """This process's rows of a tensor or array over the global batch: (B, ...) -> (B / world_size, ...)."""
     share = len(x) // world_size()
     return x[rank() * share : (rank() + 1) * share]
@@ -234,6 +262,9 @@ def common_parser(script, docstring, *, epochs, batch_size, lr, weight_decay):
     add("--epochs", type=positive_int, default=epochs, help="default %(default)s, the paper's")
     add("--max-steps", type=positive_int, help="stop after so many steps; the schedule still follows --epochs")
     add("--batch-size", type=positive_int, default=batch_size, help="over all processes (default %(default)s)")
+    if script != "linear_eval":
+        add("--init", metavar="FILE", help="start from the backbone of a file, as of a teacher, or torchvision, its "
+            "labelled weights (default: random)")  # fmt: skip
     add("--weight-decay", type=number(float, 0), default=weight_decay, help="default %(default)s, the paper's")
     if lr is not None:
         add("--lr", type=positive_float, default=lr, help="learning rate (default %(default)s, for the default batch)")
@@ -249,125 +280,137 @@ def common_parser(script, docstring, *, epochs, batch_size, lr, weight_decay):
     return parser
 
 
-# ----------------------------------------------------------------------------------------------------------------- Data
+# --------------------------------------------------------------------------------------------------------------- Images
+#
+# A data set is one of torch's: `len(dataset)`, `dataset[i] -> (image, label)` and `classes`, a list of names. An image
+# is a PIL image or a uint8 tensor (3, H, W); one that cannot be read raises. `load_dataset` opens all sets.
 
 SMALL_SETS = {"cifar10": 32, "cifar100": 32, "stl10": 96, "fashion_mnist": 32, "shapes": 32}  # pixels of their images
 IMAGENET_MEAN_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of red, green and blue
 CIFAR_MEAN_STD = (0.5071, 0.4866, 0.4409), (0.2675, 0.2565, 0.2761)
-# The argument of both data sets' `__getitem__`: indices of n images, views to make of each, random numbers
-# (views, n, CROP_PARAMS), and (seed, epoch), which choose replacements of unreadable images; None for evaluation.
-BatchRequest = namedtuple("BatchRequest", "indices views random_params seeds")
+HIDDEN = (".", "__MACOSX", "@eaDir", "lost+found")  # entries whose names begin so are the system's, not data
 
 
 class ArrayDataset:
-    """A small set as one uint8 tensor (N, 3, H, W) on the training device, which crops a whole batch at once."""
+    """A small set as one uint8 tensor (N, 3, H, W) on the training device, where whole batches are cropped at once."""
 
-    in_memory = True
-
-    def __init__(self, images, labels, num_classes, device, mean_std=IMAGENET_MEAN_STD):
-        self.images, self.num_classes, self.mean_std = images.to(device), num_classes, mean_std
+    def __init__(self, images, labels, classes, device, mean_std=IMAGENET_MEAN_STD):
+        self.images, self.classes, self.mean_std = images.to(device), list(classes), mean_std
         self.labels = torch.as_tensor(labels, dtype=torch.long, device=device)
 
     def __len__(self):
         return len(self.images)
 
-    def __getitem__(self, request):
-        """Views of a `BatchRequest`, a list of float tensors (n, 3, size, size) in [0, 1], labels (n,) and {}."""
-        indices = torch.from_numpy(request.indices).to(self.images.device, non_blocking=True)
-        images = self.images[indices].float().div_(255)
-        views = []
-        for view, random_params in zip(request.views, request.random_params, strict=True):
-            boxes, flips = random_crops(random_params, *images.shape[2:], view.scale)
-            views.append(crop_and_resize(images, boxes, flips, view.size))
-        return views, self.labels[indices], {}
+    def __getitem__(self, index):
+        return self.images[index], self.labels[index]
 
 
 class FolderDataset:
-    """Image files in ImageNet's layout, ROOT/CLASS/*.jpg, which workers decode and crop as uint8 tensors."""
+    """Image files below a folder: in ROOT/CLASS/, as ImageNet, or without `labelled` anywhere."""
 
-    in_memory = False
-    mean_std = IMAGENET_MEAN_STD
-    unreadable = {}  # noqa: RUF012  {path: reason}, of all instances
-
-    def __init__(self, root):
-        self.paths, self.labels, self.classes = list_folder(Path(root))
-        self.num_classes = len(self.classes)
+    def __init__(self, root, labelled=True):
+        self.root = str(root)
+        self.names, self.labels, self.classes = list_folder(self.root, labelled)
 
     def __len__(self):
-        return len(self.paths)
+        return len(self.names)
 
     def path(self, index):
         """Path of an image file, a string."""
-        return os.fsdecode(self.paths[index].numpy().tobytes().rstrip(b"\0"))
+        return os.path.join(self.root, os.fsdecode(self.names[index].numpy().tobytes().rstrip(b"\0")))
 
-    def __getitem__(self, request):
-        """Views of a `BatchRequest`, uint8 tensors (n, 3, size, size), labels (n,) and {unreadable path: reason}.
-
-        Another image, chosen by seed, epoch and index, replaces an unreadable one; in evaluation, a black image with
-        label -1. An error is returned, because a worker would raise it as a traceback.
-        """
-        n, unreadable = len(request.indices), {}
-        views = [torch.zeros(n, 3, view.size, view.size, dtype=torch.uint8) for view in request.views]
-        labels = torch.full((n,), -1)
-        for row, index in enumerate(request.indices):
-            for attempt in range(10 if request.seeds else 1):
-                if attempt:
-                    index = np.random.default_rng([*request.seeds, index, attempt]).integers(len(self))
-                path = self.path(index)
-                try:
-                    image, labels[row] = read_image(path), self.labels[index]
-                    break
-                except Exception as error:  # decoders raise many types for broken files
-                    unreadable[path] = str(error).partition("\n")[0] or type(error).__name__
-            if labels[row] >= 0:
-                for rows, view, random_params in zip(views, request.views, request.random_params, strict=True):
-                    rows[row] = crop_image(image, view, random_params[row : row + 1])
-            elif request.seeds:
-                return UserError(f"10 unreadable images in a row, the last {path} ({unreadable[path]}): remove them")
-        return views, labels, unreadable
+    def __getitem__(self, index):
+        return read_image(self.path(index)), self.labels[index]
 
 
 @cache
-def list_folder(root):
-    """Paths, labels (N,) and class names of the images in ROOT/CLASS/, in torchvision's order; rank 0 lists them once.
+def list_folder(root, labelled=True):
+    """Names of the image files below a folder, labels (N,) and class names; rank 0 lists them once, for all processes.
 
-    Paths: uint8 (N, longest path), each row the bytes of a path and zeros: a tensor, which workers do not copy.
+    Classes and files are in torchvision's order. Without `labelled` there are no classes. Files that Pillow does not
+    decode are passed over with one line, hidden ones in silence. Names: uint8 (N, longest name), each row the bytes of
+    a name and zeros: a tensor, which workers do not copy. Raises UserError for a folder or a class without an image.
     """
     listing = None
     if rank() == 0:
         try:
-            found = torchvision.datasets.ImageFolder(root)
+            listing = find_images(root, labelled)
         except OSError as error:
             raise UserError(f"{root}: {error}: pass --data FOLDER with train/ and val/ in it, or shapes") from None
-        paths = np.array([os.fsencode(path) for path, _ in found.samples])
-        listing = paths, np.array(found.targets), found.classes
-    paths, labels, classes = broadcast(listing)
-    return torch.from_numpy(paths.view(np.uint8).reshape(len(paths), -1)), torch.from_numpy(labels), classes
+    names, labels, classes = broadcast(listing)
+    return torch.from_numpy(names.view(np.uint8).reshape(len(names), -1)), torch.from_numpy(labels), classes
+
+
+def find_images(root, labelled):
+    """The work of `list_folder` on rank 0: arrays of names and labels, and class names."""
+
+    def fail(error):
+        raise error
+
+    # Some of Pillow's formats are only recognised: files of data and films
+    suffixes = {suffix for suffix, name in Image.registered_extensions().items()
+                if name in Image.OPEN and name not in ("BUFR", "GRIB", "HDF5", "MPEG", "WMF")}  # fmt: skip
+    found, others, classes = [], [], None
+    for folder, folders, files in os.walk(root, onerror=fail, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(HIDDEN)]
+        classes = sorted(folders) if classes is None and labelled else classes or []
+        place = os.path.relpath(folder, root)
+        label = place.split(os.sep)[0]
+        for name in files:
+            if not name.startswith(HIDDEN):
+                known = os.path.splitext(name)[1].lower() in suffixes and (label != "." or not labelled)
+                (found if known else others).append((label, place, name))
+    if labelled and not classes:
+        raise UserError(f"{root} has no folder for each class: pass another --data")
+    empty = set(classes) - {label for label, _, _ in found}
+    if empty or not found:
+        where = os.path.join(root, min(empty)) if empty else f"{root} or {os.path.join(root, 'train')}"
+        raise UserError(f"no image below {where}: pass another --data, or remove the folder")
+    if others:
+        example = os.path.normpath(os.path.join(root, *others[0][1:]))
+        say(f"{root}: passed over {len(others)} files that are no images{' of a class' * labelled}, as {example}")
+    numbers = {name: number for number, name in enumerate(classes)}
+    found.sort()
+    names = np.array([os.fsencode(os.path.normpath(os.path.join(place, name))) for _, place, name in found])
+    return names, np.array([numbers.get(label, 0) for label, _, _ in found]), classes
 
 
 def read_image(path):
-    """Decode any image file to uint8 RGB (3, H, W); transparent pixels become white, an animation its first frame."""
+    """Decode any image file to uint8 RGB (3, H, W)."""
     try:
         return torchvision.io.decode_jpeg(torchvision.io.read_file(path), mode="RGB")
     except (RuntimeError, AttributeError):  # another format, a broken file, or a torchvision without decoders
         with Image.open(path) as image:
-            if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
-                levels = np.asarray(image)
-                grey = np.where(levels == image.info.get("transparency"), 255, np.rint(levels / 257))
-                return torch.from_numpy(grey.astype(np.uint8)).expand(3, -1, -1)
-            if image.has_transparency_data:
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-            return TF.pil_to_tensor(image.convert("RGB"))
+            return to_rgb(image)
 
 
-def crop_image(image, view, random_params):
-    """One view of a uint8 image (3, H, W); random_params: (1, CROP_PARAMS)."""
-    (box,), (flip,) = random_crops(random_params, *image.shape[1:], view.scale)
-    if view.scale is None:  # shorter side to 256 where the crop is 224, the protocol of every paper here
-        crop = TF.center_crop(TF.resize(image, [round(view.size * 256 / 224)], antialias=True), [view.size] * 2)
-    else:
-        crop = TF.resized_crop(image, *box.tolist(), [view.size] * 2, antialias=True)
-    return TF.horizontal_flip(crop) if flip else crop
+def to_rgb(image):
+    """uint8 (3, H, W) of a PIL image or a uint8 tensor (1 or 3, H, W).
+
+    Transparent pixels become white, an animation its first frame. Grey levels of 16 bits are scaled, and so are those
+    of 32 bits that fill at least a quarter of a usual range: up to 1, 255 or 65,535. Raises ValueError for others.
+    """
+    if isinstance(image, torch.Tensor):
+        return image.expand(3, -1, -1)
+    if image.mode[0] in "IF":  # more than 8 bits of grey, which Pillow would cut off at 255
+        levels = np.asarray(image)
+        scaled = np.rint(levels * (255 / largest_grey(image, levels.min(), levels.max())))
+        grey = np.where(levels == image.info.get("transparency"), 255, scaled)
+        return torch.from_numpy(grey.astype(np.uint8)).expand(3, -1, -1)
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return TF.pil_to_tensor(image.convert("RGB"))
+
+
+def largest_grey(image, low, high):
+    """The grey level that is white in a PIL image of more than 8 bits, whose levels are low to high."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        twelve = image.format == "TIFF" and image.tag_v2.get(258) == (12,)  # bits per sample
+        return 2**12 - 1 if twelve else 2**16 - 1
+    for white in (1, 255, 65535) if image.mode == "F" else (255, 65535):
+        if 0 <= low and high <= white and (high >= white / 4 or white == 1 or high == 0):
+            return white
+    raise ValueError(f"grey levels from {low:g} to {high:g}, and nothing says which is white")
 
 
 def default_image_size(data):
@@ -385,20 +428,37 @@ def load_dataset(data, data_root, split, device, image_size=32):
         if not re.fullmatch(r"([1-9]\d+)?", count):
             raise UserError(f"--data {data}: pass a number of images, at least 10, as in shapes:2000")
         count, seed = (2000, 1) if split == "val" else (int(count or 8000), 0)
-        return ArrayDataset(*draw_shapes(count, image_size, seed), 10, device)
+        return ArrayDataset(*draw_shapes(count, image_size, seed), TEXTURES, device)
     if data in SMALL_SETS:
         mean_std = CIFAR_MEAN_STD if data.startswith("cifar") else IMAGENET_MEAN_STD
         return ArrayDataset(*load_small_set(data, data_root, split), device, mean_std)
-    return FolderDataset(Path(data or "data/imagenet") / ("train" if split == "pretrain" else split))
+    folder = Path(data or "data/imagenet")
+    if split != "pretrain":
+        return FolderDataset(folder / split)
+    # Without labels, images may lie anywhere. Rank 0 looks, for all.
+    train = broadcast((folder / "train").exists() or not folder.is_dir())
+    return FolderDataset(folder / "train" if train else folder, labelled=False)
 
 
 def load_labelled(data, data_root, device, image_size=32):
     """The training and the validation images of a data set; see `load_dataset`."""
     train, val = (load_dataset(data, data_root, split, device, image_size) for split in ("train", "val"))
-    differ = set(getattr(train, "classes", ())) ^ set(getattr(val, "classes", ()))
+    differ = set(train.classes) ^ set(val.classes)
     if differ:
         raise UserError(f"train/ and val/ of {data or 'data/imagenet'} hold different classes, for one {min(differ)}")
     return train, val
+
+
+def in_memory(dataset):
+    """Whether a data set has its images and labels as tensors, so that batches are cropped at once on their device."""
+    images, labels = getattr(dataset, "images", None), getattr(dataset, "labels", None)
+    return isinstance(images, torch.Tensor) and images.shape[1:2] == (3,) and isinstance(labels, torch.Tensor)
+
+
+def labels_of(dataset):
+    """Labels of all images, (N,); a data set without `labels` or `targets` is read once for them."""
+    labels = getattr(dataset, "labels", getattr(dataset, "targets", None))
+    return torch.as_tensor([dataset[i][1] for i in range(len(dataset))] if labels is None else labels)
 
 
 def subsample_per_class(dataset, fraction, seed):
@@ -406,22 +466,50 @@ def subsample_per_class(dataset, fraction, seed):
     if fraction == 1:
         return dataset
     order = np.random.default_rng([seed, 2006]).permutation(len(dataset))
-    labels = dataset.labels.cpu().numpy()[order]
-    classes = [order[labels == number] for number in range(dataset.num_classes)]
+    labels = labels_of(dataset).cpu().numpy()[order]
+    classes = [order[labels == number] for number in range(len(dataset.classes))]
     kept = [members[: max(1, round(fraction * len(members)))] for members in classes]
     return subset(dataset, np.sort(np.concatenate(kept)))
 
 
 def subset(dataset, indices):
     """A data set of the images with these indices, an array."""
+    if not isinstance(dataset, (ArrayDataset, FolderDataset)):
+        part = torch.utils.data.Subset(dataset, indices.tolist())
+        part.classes, part.labels = dataset.classes, labels_of(dataset)[indices]
+        return part
     part = copy.copy(dataset)
-    for name in {"images", "paths", "labels"} & vars(dataset).keys():
+    for name in {"images", "names", "labels"} & vars(dataset).keys():
         setattr(part, name, getattr(dataset, name)[indices])
     return part
 
 
+def describe_content(dataset):
+    """Size and hash of a data set, a string; where it lies does not count.
+
+    Hashed are classes, labels, and the values of a set in memory; of a folder, all names and up to a thousand files
+    spread over it, the size and first 64 KiB of each; of another set, up to a hundred of its images.
+    """
+    digest = hashlib.sha256(json.dumps(list(dataset.classes)).encode())
+    for name in ("images", "names", "labels"):
+        if isinstance(getattr(dataset, name, None), torch.Tensor):
+            digest.update(getattr(dataset, name).cpu().contiguous().numpy())
+    if not in_memory(dataset):
+        most = 1000 if hasattr(dataset, "path") else 100
+        for index in np.linspace(0, len(dataset) - 1, min(most, len(dataset))).astype(int).tolist():
+            try:
+                if hasattr(dataset, "path"):
+                    with open(dataset.path(index), "rb") as file:
+                        digest.update(b"%d" % os.fstat(file.fileno()).st_size + file.read(2**16))
+                else:
+                    digest.update(to_rgb(dataset[index][0]).contiguous().numpy())
+            except Exception as error:  # as many types as there are ways to be unreadable
+                digest.update(type(error).__name__.encode())
+    return f"{len(dataset)} images of {len(dataset.classes)} classes, content {digest.hexdigest()[:16]}"
+
+
 def load_small_set(name, root, split):
-    """uint8 images (N, 3, H, W), labels (N,) and number of classes of a set of torchvision's; rank 0 fetches it."""
+    """uint8 images (N, 3, H, W), labels (N,) and class names of a set of torchvision's; rank 0 fetches it."""
     names = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10", "fashion_mnist": "FashionMNIST"}
     opener, options = getattr(torchvision.datasets, names[name]), {"train": split != "val"}
     if name == "stl10":
@@ -438,7 +526,7 @@ def load_small_set(name, root, split):
         images = images[:, None].expand(-1, 3, -1, -1)
     elif images.shape[-1] == 3:
         images = images.permute(0, 3, 1, 2).contiguous()
-    return images, found.labels if name == "stl10" else found.targets, 100 if name == "cifar100" else 10
+    return images, found.labels if name == "stl10" else found.targets, found.classes
 
 
 TEXTURES = {  # patterns over points (u, v), mostly of period 2 pi; one ink where positive, another where negative
@@ -490,36 +578,92 @@ def draw_shapes(count, size, seed):
     return torch.from_numpy(images), torch.from_numpy(labels)
 
 
-# --------------------------------------------------------------------------------------------------------- Augmentation
-# The CPU decides which images of a batch an operation changes, so that nothing waits for the device.
-CROP_PARAMS = 23  # random numbers for a crop and a flip: ten tries of area and aspect ratio, position, flip
+# ---------------------------------------------------------------------------------------------------------------- Views
+#
+# Crops and flips are made where the images are, colour on the device, for a whole batch. The CPU decides which images
+# an operation changes, so that nothing waits for the device.
 
 
-def random_crops(random_params, height, width, scale):
-    """RandomResizedCrop's boxes and random flips, in images of height x width.
+@dataclass(frozen=True)
+class View:
+    """How to make a view of an image: crop, flip and resize it, then colour operations in this order.
+
+    size: pixels. scale: smallest and largest part of the area to crop (RandomResizedCrop); None: all of it, of a file
+    the centre crop of evaluation. flip: probability. jitter: strengths of brightness, contrast, saturation and hue
+    (ColorJitter). blur: smallest and largest sigma at 224 pixels, in proportion at another size. jitter_p, grey,
+    blur_p: probabilities. augment: a further function (images, rng) -> images of floats (n, 3, size, size) in [0, 1];
+    it can return several rows per image. All processes have the same rng: draw for all images, take `own_rows`.
+    """
+
+    size: int
+    scale: tuple | None = None
+    flip: float = 0.0
+    jitter: tuple = (0.0, 0.0, 0.0, 0.0)
+    jitter_p: float = 0.0
+    grey: float = 0.0
+    blur: tuple = (0.0, 0.0)
+    blur_p: float = 0.0
+    augment: Callable | None = None
+
+    def crop(self, image, random_params):
+        """This view of one uint8 image (3, H, W), before colour. random_params: (1, CROP_PARAMS)."""
+        if self.scale is None:
+            crop = center_crop(image, self.size)
+        else:
+            (box,) = random_boxes(random_params, *image.shape[1:], self.scale)
+            crop = TF.resized_crop(image, *box.tolist(), [self.size] * 2, antialias=True)
+        return TF.horizontal_flip(crop) if random_params[0, -1] < self.flip else crop
+
+    def crop_batch(self, images, random_params):
+        """The same of float images (n, 3, H, W) of one size, all at once; without `scale`, of whole images."""
+        height, width = images.shape[2:]
+        boxes = np.tile([0, 0, height, width], (len(images), 1))
+        if self.scale is not None:
+            boxes = random_boxes(random_params, height, width, self.scale)
+        return crop_and_resize(images, boxes, random_params[:, -1] < self.flip, self.size)
+
+    def color(self, images, rng):
+        """Colour operations and `augment` on float images (n, 3, size, size) in [0, 1], in place where possible."""
+        if self.jitter_p or self.grey or self.blur_p:
+            images = augment_color(images, self, rng)
+        return self.augment(images, rng) if self.augment else images
+
+
+CROP_PARAMS = 23  # random numbers for a crop and a flip: ten tries of area and of aspect ratio, position (2), flip
+
+
+def random_boxes(random_params, height, width, scale):
+    """RandomResizedCrop's boxes in images of height x width: (n, 4) integers top, left, height, width.
 
     random_params: (n, CROP_PARAMS) in [0, 1). scale: as of a `View`. Of ten tries of area and aspect ratio (3/4 to 4/3)
-    the first that fits, else the largest centre crop. Returns (n, 4) integers top, left, height, width and (n,) bool.
+    the first that fits, else the largest centre crop.
     """
-    flips = random_params[:, 22] < 0.5
-    if scale is None:
-        return np.tile([0, 0, height, width], (len(flips), 1)), flips
-    area = height * width * (scale[0] + (scale[1] - scale[0]) * random_params[:, :10])
-    aspect = np.exp(np.log(4 / 3) * (2 * random_params[:, 10:20] - 1))
+    area, aspect, position, _ = np.split(random_params, [10, 20, 22], axis=1)
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * area)
+    aspect = np.exp(np.log(4 / 3) * (2 * aspect - 1))
     full = np.array([[height], [width]])
     sides = np.rint(np.sqrt([area / aspect, area * aspect]))  # (2, n, 10)
     fits = ((0 < sides) & (sides <= full[..., None])).all(axis=0)
     center = np.minimum(full, np.rint(full[::-1] * 4 / 3))
-    sides = np.where(fits.any(axis=1), sides[:, np.arange(len(flips)), fits.argmax(axis=1)], center)
-    starts = np.floor(random_params[:, 20:22].T * (full - sides + 1))
-    starts = np.where(fits.any(axis=1), starts, (full - sides) // 2)
-    return np.concatenate([starts, sides]).T.astype(np.int64), flips
+    sides = np.where(fits.any(axis=1), sides[:, np.arange(len(fits)), fits.argmax(axis=1)], center)
+    starts = np.where(fits.any(axis=1), np.floor(position.T * (full - sides + 1)), (full - sides) // 2)
+    return np.concatenate([starts, sides]).T.astype(np.int64)
+
+
+def center_crop(image, size):
+    """The papers' crop of evaluation, of a uint8 image (3, H, W): shorter side to 256 where the crop is 224.
+
+    Of an image more than eight times as long as wide, the middle: its whole length could fill the memory.
+    """
+    shorter = min(image.shape[1:])
+    image = TF.center_crop(image, [min(side, 8 * shorter) for side in image.shape[1:]])
+    return TF.center_crop(TF.resize(image, [round(size * 256 / 224)], antialias=True), [size] * 2)
 
 
 def crop_and_resize(images, boxes, flips, size):
     """Crop, resize (bilinear, antialiased) and flip float images (n, 3, H, W): (n, 3, size, size).
 
-    boxes, flips: from `random_crops`. This is linear along each axis, hence two batched matrix products.
+    boxes: from `random_boxes`; flips: (n,) bool. This is linear along each axis, hence two batched matrix products.
     """
     n, channels, height, width = images.shape
     flips = torch.from_numpy(flips).to(images.device, non_blocking=True)[:, None, None]
@@ -544,28 +688,31 @@ def resize_weights(start, length, full, size):
     return weights / weights.sum(dim=2, keepdim=True)
 
 
-def draw_color(rng, n, size):
-    """Random parameters of MoCo v2's colour operations for n images, a dict of arrays.
+def draw_color(rng, n, view):
+    """Random parameters of a view's colour operations for n images, a dict of arrays.
 
-    The paper's sigma is for 224 pixels and follows the image size here: at 32 pixels it would remove most content.
+    The papers' sigma is for 224 pixels and follows the image size here: at 32 pixels it would remove most content.
     """
+    strengths = np.array(view.jitter)
+    neutral = np.array([1, 1, 1, 0])  # factors of brightness, contrast and saturation, shift of hue
     return {
-        "jitter": rng.random(n) < 0.8,
+        "jitter": rng.random(n) < view.jitter_p,
         "order": rng.permuted(np.tile(np.arange(4), (n, 1)), axis=1),
-        "factors": rng.uniform([0.6, 0.6, 0.6, -0.1], [1.4, 1.4, 1.4, 0.1], (n, 4)),
-        "grey": rng.random(n) < 0.2,
-        "blur": rng.random(n) < 0.5,
-        "sigma": rng.uniform(0.1, 2.0, n) * size / 224,
+        "factors": rng.uniform(np.maximum(neutral - strengths, [0, 0, 0, -0.5]), neutral + strengths, (n, 4)),
+        "grey": rng.random(n) < view.grey,
+        "blur": rng.random(n) < view.blur_p,
+        "sigma": rng.uniform(*view.blur, n) * view.size / 224,
     }
 
 
-def augment_color(images, rng):
-    """Colour jitter, random grey and blur of MoCo v2, in place. For images and rng, see `View`."""
-    drawn = draw_color(rng, len(images) * world_size(), images.shape[-1])
-    jitter, order, factors, grey, blur, sigma = map(local_share, drawn.values())
+def augment_color(images, view, rng):
+    """Colour jitter, random grey and blur of a view, in place. For images and rng, see `View`."""
+    drawn = draw_color(rng, len(images) * world_size(), view)
+    jitter, order, factors, grey, blur, sigma = map(own_rows, drawn.values())
     factors, sigma = (torch.from_numpy(x).to(images.device, images.dtype, non_blocking=True) for x in (factors, sigma))
     steps = [(jitter & (order[:, i] == j), JITTER[j], factors[:, j]) for i in range(4) for j in range(4)]
-    steps += [(grey, lambda x, _: TF.rgb_to_grayscale(x), sigma), (blur, gaussian_blur, sigma)]
+    steps += [(grey, lambda x, _: TF.rgb_to_grayscale(x), sigma)]
+    steps += [(blur, partial(gaussian_blur, largest=view.blur[1] * view.size / 224), sigma)]
     for mask, operation, values in steps:
         if mask.any():
             rows = torch.from_numpy(np.flatnonzero(mask)).to(images.device, non_blocking=True)
@@ -592,21 +739,15 @@ JITTER = (  # operations on images x (n, 3, H, W), each with factors (n, 1, 1, 1
 )
 
 
-def gaussian_blur(images, sigma):
+def gaussian_blur(images, sigma, largest):
     """Blur each image by its own sigma (n, 1, 1, 1) in pixels; the kernel reaches to three times the largest sigma."""
-    radius = max(1, math.ceil(3 * 2.0 * max(images.shape[2:]) / 224))
+    radius = max(1, math.ceil(3 * largest))
     offsets = torch.arange(-radius, radius + 1, device=images.device, dtype=images.dtype)
     kernel = torch.softmax(-0.5 * (offsets / sigma.flatten(1)) ** 2, dim=1).repeat_interleave(images.shape[1], 0)
     blurred = F.pad(images, [radius] * 4, mode="reflect").flatten(0, 1)[None]
     blurred = F.conv2d(blurred, kernel[:, None, :, None], groups=len(kernel))
     blurred = F.conv2d(blurred, kernel[:, None, None, :], groups=len(kernel))
     return blurred.view_as(images)
-
-
-# How to make a view: crop a part `scale` of the area (None: all of it; of a file the centre), resize to `size` pixels,
-# flip with probability 1/2. augment: None or a function (images, rng) -> images of floats (n, 3, size, size) in [0, 1];
-# it can return several rows per image. All processes have the same rng: draw for all images, take the `local_share`.
-View = namedtuple("View", "size scale augment", defaults=((0.2, 1.0), augment_color))
 
 
 def normalize(images, mean_std):
@@ -622,7 +763,7 @@ def normalize(images, mean_std):
 class Loader:
     """Batches of random views: the same images for any number of processes and workers.
 
-    All random numbers of the global batch follow from (seed, epoch, step); each process takes its share, and a resume
+    All random numbers of the global batch follow from (seed, epoch, step); each process takes its rows, and a resume
     needs no random state. An epoch leaves out the images that do not fill a last batch.
     """
 
@@ -631,49 +772,134 @@ class Loader:
             raise UserError(f"--batch-size {batch_size} is larger than the {len(dataset)} training images")
         if batch_size % world_size():
             raise UserError(f"--batch-size {batch_size} cannot be shared out over {world_size()} processes")
-        self.dataset, self.views, self.batch_size, self.seed, self.device = dataset, views, batch_size, seed, device
-        self.loader = make_dataloader(dataset, self, workers, device)
+        self.dataset, self.views, self.seed, self.device = dataset, views, seed, device
+        self.steps = []  # of the next batches
+        self.batch_size = batch_size
+        batches = TrainingBatches(dataset, views, batch_size, seed)
+        self.loader = make_dataloader(batches, self.steps, len(self), workers, device)
 
     def __len__(self):
         return len(self.dataset) // self.batch_size
 
-    def __iter__(self):
-        """A `BatchRequest` of this process for each step from `self.step` to `self.stop`, all in one epoch."""
-        epoch = self.step // len(self)
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset))
-        for step in range(self.step, self.stop):
-            first = step % len(self) * self.batch_size
-            rng = np.random.default_rng([self.seed, epoch, step, 0])
-            random_params = rng.random((self.batch_size, len(self.views), CROP_PARAMS))
-            indices = local_share(order[first : first + self.batch_size])
-            yield BatchRequest(indices, self.views, local_share(random_params).swapaxes(0, 1), (self.seed, epoch))
-
-    def batches(self, step, stop):
-        """Yield (views, labels) from the run's step `step` to the end of its epoch, or to step `stop` if that is first.
+    def batches(self, steps):
+        """Yield (views, labels) of a range of the run's steps, all in one epoch.
 
         views: normalised float tensors (n, 3, size, size) on the device; labels: (n,); n images per process.
         """
-        epoch = step // len(self)
-        self.step, self.stop = step, min(stop, (epoch + 1) * len(self))
-        for offset, (views, labels) in enumerate(to_device(self.loader, self.device)):
-            rng = np.random.default_rng([self.seed, epoch, step + offset, 1])
-            views = [view.augment(x, rng) if view.augment else x for view, x in zip(self.views, views, strict=True)]
-            yield [normalize(images, self.dataset.mean_std) for images in views], labels
+        self.steps[:] = steps
+        for step, (views, labels) in zip(steps, to_device(self.loader, self.device), strict=True):
+            rng = np.random.default_rng([self.seed, step // len(self), step, 1])
+            views = [view.color(images, rng) for view, images in zip(self.views, views, strict=True)]
+            yield [normalize(images, mean_std_of(self.dataset)) for images in views], labels
 
 
-def make_dataloader(dataset, requests, workers, device):
-    """DataLoader over `BatchRequest`s: workers make whole batches of files, this process those of a set in memory."""
-    workers = 0 if dataset.in_memory else workers
-    options = {"num_workers": workers, "persistent_workers": workers > 0, "worker_init_fn": worker_init}
-    pin_memory = device.type == "cuda" and not dataset.in_memory
-    return DataLoader(dataset, None, sampler=requests, pin_memory=pin_memory, **options)
+def mean_std_of(dataset):
+    """Mean and standard deviation of the channels that a data set is normalised with: ImageNet's, or its own."""
+    return getattr(dataset, "mean_std", IMAGENET_MEAN_STD)
+
+
+class TrainingBatches:
+    """This process's rows of the batch of each step, before colour. Workers hold it, and get numbers of steps."""
+
+    def __init__(self, dataset, views, batch_size, seed):
+        self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
+        self.views = [replace(view, augment=None) for view in views]  # any function may stand there, even a lambda
+        share = batch_size // world_size()
+        self.own = slice(rank() * share, (rank() + 1) * share)
+
+    def __getitem__(self, step):
+        epoch, batch = divmod(step, len(self.dataset) // self.batch_size)
+        order = epoch_order(len(self.dataset), self.seed, epoch)[batch * self.batch_size :][: self.batch_size]
+        rng = np.random.default_rng([self.seed, epoch, step, 0])
+        random_params = rng.random((self.batch_size, len(self.views), CROP_PARAMS))[self.own].swapaxes(0, 1)
+        return load_batch(self.dataset, order[self.own], self.views, random_params, (self.seed, epoch))
+
+
+@lru_cache(maxsize=1)
+def epoch_order(count, seed, epoch):
+    """Order of the images in an epoch."""
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+class CenterCrops:
+    """Batches of evaluation: centre crops of the images with these indices, in their order."""
+
+    def __init__(self, dataset, image_size, indices, batch_size):
+        self.dataset, self.views = dataset, [View(image_size)]
+        self.parts = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
+
+    def __len__(self):
+        return len(self.parts)
+
+    def __getitem__(self, batch):
+        indices = self.parts[batch]
+        return load_batch(self.dataset, indices, self.views, np.ones((1, len(indices), CROP_PARAMS)))
+
+
+def load_batch(dataset, indices, views, random_params, seeds=None):
+    """Views of n images before colour, a list of tensors (n, 3, size, size), labels (n,), {unreadable image: reason}.
+
+    random_params: (views, n, CROP_PARAMS). Another image, chosen by seeds (seed, epoch) and index, replaces an
+    unreadable one; in evaluation, without seeds, a black image with label -1. Views of a set in memory are floats on
+    its device, others uint8. An error is returned, because a worker would raise it as a traceback.
+    """
+    if in_memory(dataset):
+        indices = torch.from_numpy(indices).to(dataset.images.device, non_blocking=True)
+        images = dataset.images[indices].float().div_(255)
+        crops = [view.crop_batch(images, params) for view, params in zip(views, random_params, strict=True)]
+        return crops, dataset.labels[indices], {}
+    n, unreadable = len(indices), {}
+    crops = [torch.zeros(n, 3, view.size, view.size, dtype=torch.uint8) for view in views]
+    labels = torch.full((n,), -1)
+    for row, index in enumerate(indices):
+        for attempt in range(10 if seeds else 1):
+            if attempt:
+                index = np.random.default_rng([*seeds, index, attempt]).integers(len(dataset))
+            name = dataset.path(index) if hasattr(dataset, "path") else f"number {index}"
+            try:
+                image, label = dataset[int(index)]
+                for rows, view, params in zip(crops, views, random_params, strict=True):
+                    rows[row] = view.crop(to_rgb(image), params[row : row + 1])
+                labels[row] = int(label)
+                break
+            except Exception as error:  # decoders raise many types for broken files
+                unreadable[name] = str(error).partition("\n")[0] or type(error).__name__
+        else:
+            if seeds:
+                return UserError(f"10 unreadable images in a row, the last {name} ({unreadable[name]}): remove them")
+    return crops, labels, unreadable
+
+
+def make_dataloader(batches, numbers, count, workers, device):
+    """torch's DataLoader of `batches[number]`, `count` of them at most at a time: workers make those of files.
+
+    Raises UserError where /dev/shm, through which workers send batches, has no room for those under way.
+    """
+    workers = 0 if in_memory(batches.dataset) else workers
+    if workers and os.path.isdir("/dev/shm"):
+        rows = len(batches.parts[0]) if isinstance(batches, CenterCrops) else batches.own.stop - batches.own.start
+        sizes = [rows * 8, *(rows * 3 * view.size**2 for view in batches.views)]  # of the tensors of a batch
+        under_way = min(count, 2 * workers + 1) * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        needed = under_way * sum(-(-size // 4096 + 1) * 4096 for size in sizes)
+        free = shutil.disk_usage("/dev/shm").free
+        if needed > free:
+            raise UserError(f"--workers {workers} put up to {needed / 2**20:.1f} MiB of images into /dev/shm, where "
+                            f"{free / 2**20:.1f} MiB are free: enlarge it (docker run --shm-size), or lower --workers "
+                            "or --batch-size")  # fmt: skip
+    options = {"persistent_workers": True, "worker_init_fn": worker_init, "timeout": LOST_BATCH} if workers else {}
+    pin_memory = device.type == "cuda" and not in_memory(batches.dataset)
+    return DataLoader(batches, None, sampler=numbers, num_workers=workers, pin_memory=pin_memory, **options)
+
+
+LOST_BATCH = 600  # seconds; a batch that takes longer is lost
 
 
 def worker_init(worker):
     """Make a worker ignore signals that reach all processes of a run: the main process needs it to save the run."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    sys.excepthook = lambda *error: None  # hides errors of sending batches after the main process is gone
+    # A batch that cannot be sent is lost, and the run would wait for it: end, which the main process notices at once
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda error, batch: os._exit(1))
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=exit_with_parent, daemon=True).start()
@@ -691,10 +917,13 @@ def to_device(loader, device):
     for batch in loader:
         if isinstance(batch, UserError):
             raise batch
-        views, labels, unreadable = batch
-        FolderDataset.unreadable.update(unreadable)
+        views, labels, found = batch
+        UNREADABLE.update(found)
         views = [TF.to_dtype(x.to(device, non_blocking=True), torch.float32, scale=True) for x in views]
         yield views, labels.to(device, non_blocking=True)
+
+
+UNREADABLE = {}  # {image: reason}, of this process's loaders
 
 
 # ------------------------------------------------------------------------------------------------------------- Networks
@@ -853,12 +1082,13 @@ LARGE_NETWORKS |= {name: partial(torchvision.models.get_model, name, aux_logits=
 NETWORK_NAMES = list({**CIFAR_NETWORKS, **LARGE_NETWORKS})
 
 
-def build_backbone(arch, image_size=224):
-    """A network without its classifier, randomly initialised: (N, 3, H, W) -> features (N, feature_dim).
+def build_backbone(arch, image_size=224, init=None):
+    """A network without its classifier: (N, 3, H, W) -> features (N, feature_dim).
 
     Keys are torchvision's. Features are the classifier's input. Dropout and stochastic depth are off, as in the papers.
-    At 32 pixels and less torchvision's ResNets get a 3x3 stem, and vgg11 to vgg19 are CIFAR's.
-    Raises UserError for an unknown name and for images that are too small.
+    At 32 pixels and less torchvision's ResNets get a 3x3 stem, and vgg11 to vgg19 are CIFAR's. Weights are random, or
+    those of `init`, a file or "torchvision" as in `load_teacher`.
+    Raises UserError for an unknown name, for images that are too small and for a file that does not fit.
     """
     if arch not in NETWORK_NAMES:
         close = " or ".join(difflib.get_close_matches(arch, NETWORK_NAMES, cutoff=0))
@@ -873,6 +1103,9 @@ def build_backbone(arch, image_size=224):
     remove_classifier(network)
     if not next(network.parameters()).is_meta:
         check_input_size(network, arch, image_size)
+    if init:
+        load_strict(network, load_backbone(init, arch, image_size)[0].state_dict(), f"{init} as {arch}")
+        say(f"{arch} starts from the backbone of {init}")
     network.image_size = image_size
     return network
 
@@ -945,11 +1178,11 @@ class Classifier(Encoder):
         return network
 
 
-def build_classifier(arch, num_classes, image_size=224):
-    """A labelled network, randomly initialised; `arch` and errors as in `build_backbone`."""
+def build_classifier(arch, num_classes, image_size=224, init=None):
+    """A labelled network, its classifier random; other arguments and errors as in `build_backbone`."""
     if arch.startswith("squeezenet"):
         raise UserError(f"{arch} ends in a convolution, not in a linear classifier: take another network")
-    backbone = build_backbone(arch, image_size)
+    backbone = build_backbone(arch, image_size, init)
     return Classifier(backbone, nn.Linear(backbone.feature_dim, num_classes))
 
 
@@ -1234,12 +1467,7 @@ def load_strict(module, state, what, assign=False):
 
 # ----------------------------------------------------------------------------------------------------------- Evaluation
 
-KNN_BLOCK = 32  # queries of all processes that are compared at a time
-
-
-def center_crops(indices, image_size):
-    """The `BatchRequest` of evaluation: no random crop, no flip."""
-    return BatchRequest(indices, [View(image_size, scale=None)], np.ones((1, len(indices), CROP_PARAMS)), None)
+KNN_BLOCKS = 256, 8192  # queries of all processes, and training images of this one, that are compared at a time
 
 
 @torch.no_grad()
@@ -1248,24 +1476,27 @@ def extract_features(encoder, dataset, image_size, batch_size, workers, device):
 
     Returns features (share, feature_dim) and labels (world_size * share,): rank r has the features of images r * share
     to (r + 1) * share - 1. Images that cannot be read have the label -1. All use rank 0's BatchNorm statistics.
+    batch_size: over all processes. Raises UserError if no image can be read.
     """
     if world_size() > 1:
         for buffer in encoder.buffers():
             dist.broadcast(buffer, 0)
     share = -(-len(dataset) // world_size())
     numbers = np.arange(len(dataset))[rank() * share :][:share]
-    starts = range(0, len(numbers), batch_size)
-    requests = [center_crops(numbers[start : start + batch_size], image_size) for start in starts]
+    crops = CenterCrops(dataset, image_size, numbers, max(1, batch_size // world_size()))
     features = torch.zeros(share, encoder.backbone.feature_dim, device=device)
     labels = torch.full((share,), -1, device=device)
     training = encoder.training
     encoder.eval()
-    batches = to_device(make_dataloader(dataset, requests, workers, device), device)
-    for start, ((images,), targets) in zip(starts, batches, strict=True):
-        features[start : start + len(targets)] = encoder.features(normalize(images, dataset.mean_std))
-        labels[start : start + len(targets)] = targets
+    start = 0
+    for (images,), targets in to_device(make_dataloader(crops, None, len(crops), workers, device), device):
+        own = slice(start, start := start + len(targets))
+        features[own], labels[own] = encoder.features(normalize(images, mean_std_of(dataset))), targets
     encoder.train(training)
-    return features, gather(labels)
+    labels = gather(labels)
+    if (labels < 0).all():
+        raise UserError(f"none of {len(dataset)} images can be read, for one {min(UNREADABLE.items(), default='')}")
+    return features, labels
 
 
 def nearest_neighbours(train, queries, k):
@@ -1277,17 +1508,23 @@ def nearest_neighbours(train, queries, k):
     """
     (features, labels), found = train, []
     norms = features.norm(dim=1).clamp(min=1e-12)
-    numbers = local_share(torch.arange(len(labels), device=labels.device))
+    numbers = own_rows(torch.arange(len(labels), device=labels.device))
     # Breaks ties: smaller than the rounding error of a similarity, so it is subtracted in float64.
-    offsets = (numbers.double() * 2**-52).masked_fill(local_share(labels) < 0, torch.inf)
-    for own in queries.split(max(1, KNN_BLOCK // world_size())):
-        everyones = F.normalize(gather(own), dim=1)
-        similarity = (everyones @ features.T).div_(norms) - offsets
-        similarity, places = similarity.topk(min(k, len(features)), dim=1)
-        # Candidates of all shares for the queries of this process: (world_size * m, k) -> (m, world_size * k)
-        similarity, images = (local_share(unshuffle(x).view(len(x), -1)) for x in (similarity, numbers[places]))
+    offsets = (numbers.double() * 2**-52).masked_fill(own_rows(labels) < 0, torch.inf)
+    blocks = [x.split(KNN_BLOCKS[1]) for x in (features, norms, offsets, numbers)]  # a product can copy its factors
+
+    def best(similarity, images):
         similarity, places = similarity.topk(min(k, similarity.shape[1]), dim=1)
-        found.append((similarity.float(), images.gather(1, places)))
+        return similarity, images.expand(len(similarity), -1).gather(1, places)
+
+    for own in queries.split(max(1, KNN_BLOCKS[0] // world_size())):
+        everyones = F.normalize(gather(own), dim=1)
+        candidates = [best((everyones @ rows.T).div_(norm) - offset, images[None])
+                      for rows, norm, offset, images in zip(*blocks, strict=True)]  # fmt: skip
+        candidates = best(*(torch.cat(parts, dim=1) for parts in zip(*candidates, strict=True)))
+        # Candidates of all shares for the queries of this process: (world_size * m, k) -> (m, world_size * k)
+        similarity, images = best(*(own_rows(unshuffle(x).view(len(x), -1)) for x in candidates))
+        found.append((similarity.float(), images))
     return [torch.cat(parts) for parts in zip(*found, strict=True)]
 
 
@@ -1295,11 +1532,12 @@ def knn_accuracy(train, val, ks, num_classes, temperature=0.07):
     """Accuracies in percent of votes of the k nearest training images: {"knn": {k: ...}, "knn_weighted": {k: ...}}.
 
     train, val: features and labels from `extract_features`. A plain vote counts 1, a weighted one
-    exp(similarity / temperature) (Wu et al., 2018). Ties go to the class of the lower number.
+    exp(similarity / temperature) (Wu et al., 2018), divided by that of the nearest image, so that it cannot overflow.
+    Ties go to the class of the lower number.
     """
     similarity, numbers = nearest_neighbours(train, val[0], max(ks))
-    labels, targets, right = train[1][numbers].clamp(min=0), local_share(val[1]), []
-    for weight in (similarity.isfinite().float(), (similarity / temperature).exp()):
+    labels, targets, right = train[1][numbers].clamp(min=0), own_rows(val[1]), []
+    for weight in (similarity.isfinite().float(), ((similarity - similarity[:, :1]) / temperature).exp()):
         for k in ks:
             votes = weight.new_zeros(len(labels), num_classes).scatter_add_(1, labels[:, :k], weight[:, :k])
             right.append((votes.argmax(dim=1) == targets).sum())
@@ -1316,7 +1554,7 @@ def knn_probe(encoder, args, image_size, device):
 
     def evaluate():
         train, val = (extract_features(encoder, x, image_size, args.batch_size, args.workers, device) for x in sets)
-        return {"knn": knn_accuracy(train, val, [20], sets[0].num_classes)["knn"][20]}
+        return {"knn": knn_accuracy(train, val, [20], len(sets[0].classes))["knn"][20]}
 
     return evaluate
 
@@ -1325,9 +1563,9 @@ def knn_probe(encoder, args, image_size, device):
 
 LOG_EVERY = 50  # steps; reading a loss waits for the device
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # Slurm and spot machines send them before they take a machine away
-# Arguments that may differ when a run continues
-FREE_ARGUMENTS = {"out", "data_root", "workers", "max_steps", "knn_every", "checkpoint_minutes", "max_bad_images",
-                  "trust_teacher"}  # fmt: skip
+INPUTS = ("teacher", "init", "weights", "label_list")  # arguments that name files, of which the content counts
+MAY_CHANGE_ON_RESUME = {"out", "data", "data_root", *INPUTS, "workers", "max_steps", "knn_every", "checkpoint_minutes",
+                        "max_bad_images", "trust_teacher"}  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -1337,8 +1575,15 @@ def writing(path, mode="ab"):
         with open(path, mode) as file:
             yield file
     except (OSError, RuntimeError) as error:
-        cause = error if isinstance(error, OSError) else error.__context__ or error  # torch.save hides it
+        cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save hides it
+        if not isinstance(cause, OSError) and "PytorchStreamWriter" not in str(error):
+            raise
         raise UserError(f"cannot write {path} ({cause}): correct that, then run the same command again") from None
+
+
+def save_from_cpu(content, file):
+    """torch.save with all tensors moved to the CPU, so that a machine without a GPU can load the file."""
+    torch.save(tree_map(lambda x: x.cpu() if isinstance(x, torch.Tensor) else x, content), file)
 
 
 def atomic_write(path, write):
@@ -1351,33 +1596,39 @@ def atomic_write(path, write):
     os.replace(temporary, path)
 
 
+def describe_files(names):
+    """Hashes of the files that an argument names, a list; a word that names none, as torchvision, stays as it is."""
+    paths = map(Path, [names] if isinstance(names, str) else names)
+    return [hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else str(path) for path in paths]
+
+
 class Run:
     """A run's folder: config.json, log.jsonl, views.png, checkpoint.pth and backbone.pth. Only rank 0 uses it.
 
-    The same command in the same folder continues where it stopped. Other arguments are refused, other sizes or classes
-    of `datasets`, and another content of `files`. metadata: what else config.json and the checkpoints hold.
+    The same command in the same folder continues where it stopped. Refused are other arguments, another content of the
+    `datasets`, and another content of the files that the arguments of `INPUTS` name; these may lie anywhere.
+    metadata: what else config.json and the checkpoints hold.
     """
 
-    def __init__(self, script, args, *datasets, files=(), **metadata):
+    def __init__(self, script, args, *datasets, **metadata):
         self.script, self.args, self.folder, self.metadata = script, args, Path(args.out), metadata
         self.step, self.epoch, self.lr = 0, 0, 0.0
         self.losses, self.named = [], set()  # since the last line of the log; unreadable images that it names
         self.unsaved, self.saved_at = False, time.monotonic()
         self.stop_signal, self.of, self.pid = 0, None, os.getpid()
-        FolderDataset.unreadable.clear()
+        self.identity = None
+        UNREADABLE.clear()
         for number in STOP_SIGNALS:
             signal.signal(number, self.stop)
         if rank() > 0:
             return
-        inputs = {"images": [len(data) for data in datasets], "classes": [data.num_classes for data in datasets]}
-        for file in files:
-            if file and Path(file).is_file():
-                inputs[f"content of {file}"] = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
+        inputs = {"data": [describe_content(dataset) for dataset in datasets]}
+        inputs |= {name: describe_files(vars(args)[name]) for name in INPUTS if vars(args).get(name)}
         failed, commit = subprocess.getstatusoutput(f'git -C "{Path(__file__).parent}" rev-parse HEAD 2> /dev/null')
         versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
         versions |= {"python": platform.python_version(), "git_commit": None if failed else commit}
         config = {"script": script, **metadata, "arguments": vars(args), "inputs": inputs, "versions": versions,
-                  "processes": world_size()}  # fmt: skip
+                  "processes": world_size(), "classes": list(datasets[0].classes) if datasets else []}  # fmt: skip
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock()
@@ -1385,6 +1636,8 @@ class Run:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"cannot use {self.folder / 'config.json'} ({error}): pass another --out") from None
         self.write("config.json", config)
+        self.identity = json.dumps([config["inputs"], {name: value for name, value in vars(args).items()
+                                                       if name not in MAY_CHANGE_ON_RESUME}])  # fmt: skip
 
     def lock(self):
         """Refuse a folder in which another process works. The lock ends with its process."""
@@ -1404,39 +1657,45 @@ class Run:
         path = self.folder / "config.json"
         if path.exists():
             configs = map(json.loads, (path.read_text(), json.dumps(config)))
-            old, new = ({"script": c["script"], **c["arguments"], **c["inputs"]} for c in configs)
-            flags = {name: name.replace("_", "-") for name in vars(self.args)}
-            names = sorted(name for name in (old.keys() & new.keys()) - FREE_ARGUMENTS if old[name] != new[name])
-            found = [f"{flags.get(name, name)} {old[name]} there, {new[name]} here" for name in names]
+            old, new = ({**c["arguments"], "script": c["script"]} for c in configs)
+            names = sorted(name for name in (old.keys() & new.keys()) - MAY_CHANGE_ON_RESUME if old[name] != new[name])
+            found = [f"{name.replace('_', '-')} {old[name]} there, {new[name]} here" for name in names]
+            old, new = json.loads(path.read_text())["inputs"], config["inputs"]
+            names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+            found += [f"{name} {old.get(name, 'unknown')} there, {new.get(name)} here" for name in names]
         else:
             names = "checkpoint.pth", "backbone.pth", "eval.json"
             found = [f"{name}, but no config.json" for name in names if (self.folder / name).exists()]
         if found:
             raise UserError(f"{self.folder} holds another run ({'; '.join(found)}): pass another --out")
 
-    def resume(self, model, optimizer, scaler, of=None):
+    def start_or_resume(self, model, optimizer, scaler, frozen=None, of=None):
         """Load checkpoint.pth into model, optimizer and scaler; without one, save the start.
 
-        Rank 0 reads it for all processes. of: weights that are evaluated; a checkpoint of others is ignored.
+        Rank 0 reads it for all processes. frozen: a part of the model that checkpoints leave out. of: number and name
+        of the weights that are evaluated; a checkpoint of others is ignored. Raises UserError if only the log is there.
         """
-        self.state, self.of = (model, optimizer, scaler), of
-        path = self.folder / "checkpoint.pth"
+        names = [f"{name}.{key}" for name, part in model.named_modules() if part is frozen for key in part.state_dict()]
+        self.state, self.frozen, self.of = (model, optimizer, scaler), names, of
+        path, log = self.folder / "checkpoint.pth", self.folder / "log.jsonl"
+        if rank() == 0 and not path.exists() and log.exists() and log.stat().st_size:
+            raise UserError(f"{self.folder} holds the log of a run without its checkpoint.pth: pass another --out")
         checkpoint = broadcast(load_file(path, whole=True) if rank() == 0 and path.exists() else {})
-        if checkpoint.get("of") != of:
+        if checkpoint.get("of") != (of and of[0]):
             checkpoint = {}
         self.step = checkpoint.get("step", 0)
         if not checkpoint:
             return self.save()  # shows now if the disk is full
-        frozen = {k: v for k, v in model.state_dict().items() if k.startswith("teacher.")}
-        load_strict(model, {**checkpoint["model"], **frozen}, str(path))
+        state = model.state_dict()
+        load_strict(model, {**checkpoint["model"], **{name: state[name] for name in names}}, str(path))
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
         self.losses = [row.to(next(model.parameters()).device) for row in checkpoint["losses"]]
         self.named |= set(checkpoint["unreadable"])
         if rank() == 0:
             print(f"continuing from step {self.step} of {self.folder}", file=sys.stderr)
-            with writing(self.folder / "log.jsonl") as log:  # the run writes the lines after the checkpoint again
-                log.truncate(min(checkpoint["log_bytes"], log.tell()))
+            with writing(log) as file:
+                file.truncate(min(checkpoint["log_bytes"], file.tell()))  # the run writes later lines again
 
     def epochs(self, epochs, steps, evaluate=None, every=1):
         """Yield the numbers of the epochs that are left, of `steps` steps each, with a checkpoint after each.
@@ -1444,10 +1703,9 @@ class Run:
         evaluate: a function that returns a dict to log, called before each `every`-th epoch and at the end of the run.
         """
         self.steps, self.end = steps, min(epochs * steps, self.args.max_steps or epochs * steps)
-        images = self.args.batch_size
-        self.bar = tqdm(desc=self.of or self.script, total=self.end * images, initial=self.step * images,
-                        unit="img", unit_scale=True, mininterval=1 if sys.stderr.isatty() else 30,
-                        disable=rank() > 0)  # fmt: skip
+        images, name = self.args.batch_size, self.of[1] if self.of else self.script
+        self.bar = tqdm(desc=name, total=self.end * images, initial=self.step * images, unit="img",
+                        unit_scale=True, mininterval=1 if sys.stderr.isatty() else 30, disable=rank() > 0)  # fmt: skip
         while True:
             self.epoch = self.step // steps
             if evaluate and (self.step % (every * steps) == 0 or self.step >= self.end):
@@ -1462,9 +1720,9 @@ class Run:
     def batches(self, loader):
         """Yield the batches that are left of this epoch; the first one of the run is drawn in views.png."""
         self.clock = self.step, time.perf_counter()
-        for views, labels in loader.batches(self.step, min(self.end, (self.epoch + 1) * self.steps)):
+        for views, labels in loader.batches(range(self.step, min(self.end, (self.epoch + 1) * self.steps))):
             if self.step == rank() == 0 and isinstance(loader, Loader):
-                self.draw_views(views, loader.dataset.mean_std)
+                self.draw_views(views, mean_std_of(loader.dataset))
             yield views, labels
 
     def track(self, losses, lr):
@@ -1487,8 +1745,6 @@ class Run:
         wanted = all_reduce(torch.tensor(self.stop_signal or int(due)), dist.ReduceOp.MAX).item()
         if wanted:
             self.save()
-        if wanted > 1:
-            self.stop(wanted)
 
     def average_losses(self):
         """Losses since the last line of the log, (steps, losses) on the CPU, averaged over the processes."""
@@ -1505,9 +1761,9 @@ class Run:
 
     def name_unreadable(self):
         """Name each unreadable image once, in the log and to the user; too many of them end the run."""
-        everyones = [FolderDataset.unreadable] * world_size()
+        everyones = [UNREADABLE] * world_size()
         if world_size() > 1:
-            dist.all_gather_object(everyones, FolderDataset.unreadable)
+            dist.all_gather_object(everyones, UNREADABLE)
         found = {path: reason for images in everyones for path, reason in images.items()}
         for path in sorted(found.keys() - self.named):
             self.log({"unreadable": path, "reason": found[path]})
@@ -1521,12 +1777,15 @@ class Run:
     def log(self, values):
         """Append a line to log.jsonl."""
         if rank() == 0:
-            line = {"step": self.step, "epoch": self.epoch, **({"weights": self.of} if self.of else {}), **values}
+            line = {"step": self.step, "epoch": self.epoch, **({"weights": self.of[1]} if self.of else {}), **values}
             with writing(self.folder / "log.jsonl") as log:
                 log.write(json.dumps(line).encode() + b"\n")
 
     def save(self):
-        """Write checkpoint.pth, with all that a resume needs; a frozen teacher stays in its own file."""
+        """Write checkpoint.pth, with all that a resume needs, then stop if a signal asks for it.
+
+        A frozen teacher stays in its own file. Tensors are saved from the CPU, to load on any machine.
+        """
         model, optimizer, scaler = self.state
         losses = list(self.average_losses()) if self.losses else []
         largest = torch.nn.utils.get_total_norm(model.parameters(), torch.inf)
@@ -1537,18 +1796,21 @@ class Run:
                 log_bytes = log.tell()
             checkpoint = {
                 **self.metadata,
-                "of": self.of,
+                "of": self.of and self.of[0],
                 "step": self.step,
-                "model": {k: v for k, v in model.state_dict().items() if not k.startswith("teacher.")},
+                "model": {k: v for k, v in model.state_dict().items() if k not in self.frozen},
                 "optimizer": optimizer.state_dict(),
                 "scaler": scaler.state_dict(),
                 "losses": losses,
                 "log_bytes": log_bytes,
                 "unreadable": sorted(self.named),
             }
-            atomic_write(self.folder / "checkpoint.pth", lambda file: torch.save(checkpoint, file))
-        broadcast(None)  # nothing is saved before rank 0 has written it
+            atomic_write(self.folder / "checkpoint.pth", lambda file: save_from_cpu(checkpoint, file))
+        # Nothing is saved before rank 0 has written it; then all stop, whichever a signal reached meanwhile
+        number = all_reduce(torch.tensor(self.stop_signal), dist.ReduceOp.MAX).item()
         self.unsaved, self.saved_at = False, time.monotonic()
+        if number or self.stop_signal:
+            self.stop(number or self.stop_signal)
 
     def stop(self, number, frame=None):
         """Stop after the current step, or now if everything is saved; called when a signal arrives."""
@@ -1559,7 +1821,7 @@ class Run:
     def finish(self, backbone):
         """Write backbone.pth: the network without head, under torchvision's keys."""
         if rank() == 0:
-            atomic_write(self.folder / "backbone.pth", lambda file: torch.save(backbone.state_dict(), file))
+            atomic_write(self.folder / "backbone.pth", lambda file: save_from_cpu(backbone.state_dict(), file))
             print(f"{self.folder}: checkpoint.pth, backbone.pth, log.jsonl, views.png")
 
     def draw_views(self, views, mean_std):

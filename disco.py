@@ -88,7 +88,7 @@ class DisCo(nn.Module):
             # Of the parameters alone: BatchNorm statistics are not averaged
             self.update_average(list(self.mean_student.parameters()), list(self.student.parameters()), None)
             keys = common.unshuffle(F.normalize(self.mean_student(common.shuffle(view2)), dim=1))
-        contrastive = info_nce(student1, common.local_share(keys), self.queue, self.temperature)
+        contrastive = info_nce(student1, common.own_rows(keys), self.queue, self.temperature)
         loss = contrastive + self.distill_weight * distill
         return {"loss": loss, "contrastive": contrastive, "distill": distill}, keys
 
@@ -119,10 +119,11 @@ def main():
     teacher = common.load_teacher(args.teacher, args.teacher_arch, size, args.trust_teacher)
     dataset = common.load_dataset(args.data, args.data_root, "pretrain", device, size)
     common.check_input_size(teacher.backbone, args.teacher, size)
-    view = common.View(size)
+    view = common.View(size, scale=(0.2, 1.0), flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, grey=0.2,
+                       blur=(0.1, 2.0), blur_p=0.5)  # fmt: skip
     loader = common.Loader(dataset, [view, view], args.batch_size, args.seed, args.workers, device)
 
-    backbone = common.build_backbone(args.student, size)
+    backbone = common.build_backbone(args.student, size, args.init)
     student = common.Encoder(backbone, common.mlp_head(backbone.feature_dim, args.hidden_dim, teacher.dim))
     student.amp = teacher.amp = common.AMP[args.amp]
     model = DisCo(student, teacher, teacher.dim, args.queue_size, args.momentum, args.temperature,
@@ -131,8 +132,8 @@ def main():
     optimizer = common.sgd(student.parameters(), args.lr, args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
 
-    run = common.Run("disco", args, dataset, files=[args.teacher], arch=args.student, image_size=size)
-    run.resume(model, optimizer, scaler)
+    run = common.Run("disco", args, dataset, arch=args.student, image_size=size)
+    run.start_or_resume(model, optimizer, scaler, frozen=model.teacher)  # not saved
     if args.compile:
         for network in model.children():
             network.compile()

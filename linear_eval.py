@@ -22,6 +22,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
+from torchvision.transforms.v2 import functional as TF
 
 import common
 
@@ -51,7 +52,7 @@ def evaluate(head, features, labels):
     features, labels: from `common.extract_features`. Returns {"top1", "top5", "per_class": one value each (None
     without an image), "confusion": [true][predicted]}.
     """
-    labels = common.local_share(labels)
+    labels = common.own_rows(labels)
     features, labels = features[labels >= 0], labels[labels >= 0]
     classes = head.out_features
     best = head(features).topk(min(5, classes), dim=1).indices
@@ -91,13 +92,13 @@ class CachedBatches:
     def __len__(self):
         return len(self.numbers) // self.batch_size
 
-    def batches(self, step, stop):
-        """From step number `step` to the end of its epoch, or to `stop`. Yields ([features (B, dim)], labels (B,))."""
-        epoch = step // len(self)
+    def batches(self, steps):
+        """Yield ([features (B, dim)], labels (B,)) of a range of the run's steps, all in one epoch."""
+        epoch = steps.start // len(self)
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.numbers))
         order = self.numbers[torch.from_numpy(order).to(self.numbers.device)]
-        for batch in range(step, min(stop, (epoch + 1) * len(self))):
-            numbers = order[batch % len(self) * self.batch_size :][: self.batch_size]
+        for step in steps:
+            numbers = order[step % len(self) * self.batch_size :][: self.batch_size]
             yield [gather_rows(self.features, numbers)], self.labels[numbers]
 
 
@@ -128,16 +129,18 @@ def main():
     if args.label_list:
         train = subset_from_list(train, args.label_list)
     train = common.subsample_per_class(train, args.label_fraction, args.seed)
-    if max(args.knn) > len(train):
+    if args.knn and max(args.knn) > len(train):
         raise common.UserError(f"--knn {max(args.knn)} is larger than the {len(train)} training images")
-    crop = common.View(size, scale=(0.08, 1.0), augment=None)
+    args.knn = args.knn or sorted({min(k, len(train)) for k in (10, 20, 200)})
+    crop = common.View(size, scale=(0.08, 1.0), flip=0.5)
     loader = common.Loader(train, [crop], args.batch_size, args.seed, args.workers, device)
 
-    run = common.Run("linear_eval", args, train, val, files=[*args.weights, args.label_list])
+    run = common.Run("linear_eval", args, train, val)
     options = size, args.batch_size, args.workers, device
     protocol = "finetune" if args.finetune else "linear"
     path = run.folder / "eval.json"
     results = common.broadcast(json.loads(path.read_text()) if common.rank() == 0 and path.exists() else {})
+    results = dict(zip(args.weights, results.values(), strict=False))  # the files may have moved since, not changed
     for number, (name, encoder) in enumerate(encoders.items(), start=1):
         if name in results:
             continue
@@ -147,7 +150,7 @@ def main():
             encoder.backbone.compile()
         train_set, val_set = load_or_extract(run, number, encoder, (train, val), options)
         run.name_unreadable()
-        votes = common.knn_accuracy(train_set, val_set, args.knn, train.num_classes, args.knn_temperature)
+        votes = common.knn_accuracy(train_set, val_set, args.knn, len(train.classes), args.knn_temperature)
         picture = run.folder / f"neighbors{number if number > 1 else ''}.png"
         draw_neighbours(picture, (train, val), (train_set, val_set), size)
         batches = CachedBatches(*train_set, args.batch_size, args.seed) if args.cached else loader
@@ -156,7 +159,7 @@ def main():
             "parameters": sum(p.numel() for p in encoder.backbone.parameters()),
             "feature_dim": encoder.backbone.feature_dim,
             **votes,
-            protocol: train_classifiers(run, name, encoder, batches, val, val_set, options),
+            protocol: train_classifiers(run, (number, name), encoder, batches, val, val_set, options),
         }
         run.log(votes)
         run.write("eval.json", results)
@@ -169,7 +172,7 @@ def subset_from_list(dataset, path):
 
     Raises UserError for a set in memory, for a file that cannot be read and for a name that the folder does not have.
     """
-    if dataset.in_memory:
+    if common.in_memory(dataset):
         raise common.UserError(f"--label-list {path} needs a folder as --data; without one, pass --label-fraction")
     try:
         names = Path(path).read_text().splitlines()
@@ -206,24 +209,28 @@ def load_or_extract(run, number, encoder, datasets, options):
     Each process has a file of its share; with another number of processes the features are extracted anew.
     """
     path = run.folder / f"features.{number}.{common.rank()}of{common.world_size()}.pth"
-    if run.args.cached and common.gather(torch.tensor([path.exists()])).all():
-        return [[part.to(options[-1]) for part in features] for features in common.load_file(path, whole=True)]
+    identity = common.broadcast(run.identity)  # a machine that does not share the folder may have another run's there
+    cached = common.load_file(path, whole=True) if run.args.cached and path.exists() else {}
+    if common.gather(torch.tensor([isinstance(cached, dict) and cached.get("identity") == identity])).all():
+        return [[part.to(options[-1]) for part in features] for features in cached["features"]]
     features = [common.extract_features(encoder, dataset, *options) for dataset in datasets]
     if run.args.cached:
         run.folder.mkdir(parents=True, exist_ok=True)  # also on a machine that does not share it
-        common.atomic_write(path, lambda file: torch.save(features, file))
+        content = {"identity": identity, "features": features}
+        common.atomic_write(path, lambda file: common.save_from_cpu(content, file))
     return features
 
 
-def train_classifiers(run, name, encoder, batches, val, val_set, options):
+def train_classifiers(run, of, encoder, batches, val, val_set, options):
     """Train a linear layer for each learning rate on frozen features; with --finetune, one layer and the network.
 
-    batches: a `common.Loader` or `CachedBatches`. val, val_set: validation images, and their features and labels.
+    of: number and name of the weights. batches: a `common.Loader` or `CachedBatches`. val, val_set: validation images,
+    and their features and labels.
     Returns the metrics of the best layer, and the accuracies of all.
     """
     args, metrics, device = run.args, [], options[-1]
     torch.manual_seed(args.seed)
-    model = probe = Probe(encoder.backbone.feature_dim, val.num_classes, len(args.lr)).to(device)
+    model = probe = Probe(encoder.backbone.feature_dim, len(val.classes), len(args.lr)).to(device)
     groups = [{"params": head.parameters(), "lr": lr} for head, lr in zip(probe.heads, args.lr, strict=True)]
     if args.finetune:
         model = common.Encoder(encoder.backbone.requires_grad_(True), probe).train()
@@ -232,7 +239,7 @@ def train_classifiers(run, name, encoder, batches, val, val_set, options):
     rates = [group["lr"] for group in groups]
     optimizer = common.sgd(groups, args.lr[0], args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=args.finetune and args.amp == "fp16")
-    run.resume(model, optimizer, scaler, of=name)
+    run.start_or_resume(model, optimizer, scaler, of=of)
     # Every process trains a probe on the whole batch: cheaper than to exchange its gradients
     ddp_model = common.distribute(model) if args.finetune else model
 
@@ -259,7 +266,7 @@ def train_classifiers(run, name, encoder, batches, val, val_set, options):
     best = top1.index(max(top1))
     by_lr = {f"{lr:g}": value for lr, value in zip(args.lr, top1, strict=True)}
     backbone_lr = {"backbone_lr": args.backbone_lr} if args.finetune else {}
-    return {"lr": args.lr[best], **backbone_lr, "top1_by_lr": by_lr, **metrics[best]}
+    return {"lr": args.lr[best], **backbone_lr, "top1_by_lr": by_lr, "classes": list(val.classes), **metrics[best]}
 
 
 def draw_neighbours(path, datasets, features, size, queries=8, neighbours=10):
@@ -277,8 +284,8 @@ def draw_neighbours(path, datasets, features, size, queries=8, neighbours=10):
         return
 
     def pixels(dataset, numbers):
-        request = common.center_crops(numbers.flatten().cpu().numpy(), size)
-        images = common.TF.to_dtype(dataset[request][0][0].cpu(), torch.float32, scale=True)
+        (images,), _, _ = common.CenterCrops(dataset, size, numbers.flatten().cpu().numpy(), numbers.numel())[0]
+        images = TF.to_dtype(images.cpu(), torch.float32, scale=True)
         return F.interpolate(images, max(64, size), mode="nearest").unflatten(0, numbers.shape)
 
     same = (train_set[1][nearest] == val_labels[rows, None]).cpu()
@@ -319,7 +326,7 @@ def parse_args():
     add("--label-fraction", type=common.number(float, 0, 1, open_below=True), default=1.0, help="train on this part "
         "of each class's images, picked by --seed (default all)")  # fmt: skip
     add("--label-list", metavar="FILE", help="train on the images that a text file names, as SimCLR's 1 %% of ImageNet")
-    add("--knn", type=common.positive_int, nargs="+", default=[10, 20, 200], help="neighbours (default %(default)s)")
+    add("--knn", type=common.positive_int, nargs="+", help="neighbours (default 10 20 200, as far as there are images)")
     add("--knn-temperature", type=common.positive_float, default=0.07, help="of weighted votes (default %(default)s)")
     args = parser.parse_args()
     if args.finetune:

@@ -60,7 +60,7 @@ class MoCo(nn.Module):
             # Of the parameters alone: BatchNorm statistics are not averaged
             self.update_average(list(self.momentum_encoder.parameters()), list(self.encoder.parameters()), None)
             keys = common.unshuffle(F.normalize(self.momentum_encoder(common.shuffle(view2)), dim=1))
-        return {"loss": info_nce(query, common.local_share(keys), self.queue, self.temperature)}, keys
+        return {"loss": info_nce(query, common.own_rows(keys), self.queue, self.temperature)}, keys
 
     @torch.no_grad()
     def enqueue(self, keys):
@@ -85,10 +85,11 @@ def main():
     device = common.init_device(args.seed)
     size = args.image_size or common.default_image_size(args.data)
     dataset = common.load_dataset(args.data, args.data_root, "pretrain", device, size)
-    view = common.View(size)
+    view = common.View(size, scale=(0.2, 1.0), flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, grey=0.2,
+                       blur=(0.1, 2.0), blur_p=0.5)  # fmt: skip
     loader = common.Loader(dataset, [view, view], args.batch_size, args.seed, args.workers, device)
 
-    backbone = common.build_backbone(args.arch, size)
+    backbone = common.build_backbone(args.arch, size, args.init)
     head = common.mlp_head(backbone.feature_dim, args.hidden_dim or backbone.feature_dim, args.dim)
     encoder = common.Encoder(backbone, head)
     encoder.amp = common.AMP[args.amp]
@@ -98,7 +99,7 @@ def main():
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
 
     run = common.Run("moco_v2", args, dataset, arch=args.arch, image_size=size)
-    run.resume(model, optimizer, scaler)
+    run.start_or_resume(model, optimizer, scaler)
     if args.compile:
         model.encoder.compile()
         model.momentum_encoder.compile()

@@ -14,6 +14,7 @@ small student learns the distribution of a frozen teacher. One view; no contrast
 """
 
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn as nn
@@ -130,12 +131,13 @@ def main():
     teacher = common.load_teacher(args.teacher, args.teacher_arch, size, args.trust_teacher)
     dataset = common.load_dataset(args.data, args.data_root, "pretrain", device, size)
     common.check_input_size(teacher.backbone, args.teacher, size)
-    views = [common.View(size, scale=(0.14 if args.small_crops else 0.2, 1.0))]
+    view = common.View(size, scale=(0.14 if args.small_crops else 0.2, 1.0), flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1),
+                       jitter_p=0.8, grey=0.2, blur=(0.1, 2.0), blur_p=0.5)  # fmt: skip
     small_size = args.small_size or round(size * 96 / 224)
-    views += [common.View(small_size, scale=(0.05, 0.14))] * args.small_crops
+    views = [view, *[replace(view, size=small_size, scale=(0.05, 0.14))] * args.small_crops]
     loader = common.Loader(dataset, views, args.batch_size, args.seed, args.workers, device)
 
-    backbone = common.build_backbone(args.student, size)
+    backbone = common.build_backbone(args.student, size, args.init)
     if args.small_crops:
         common.check_input_size(backbone, args.student, small_size, "--small-size")
         common.check_input_size(teacher.backbone, args.teacher, small_size, "--small-size")
@@ -148,8 +150,8 @@ def main():
     optimizer = common.sgd(student.parameters(), args.lr, args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
 
-    run = common.Run("seed", args, dataset, files=[args.teacher], arch=args.student, image_size=size)
-    run.resume(model, optimizer, scaler)
+    run = common.Run("seed", args, dataset, arch=args.student, image_size=size)
+    run.start_or_resume(model, optimizer, scaler, frozen=model.teacher)  # not saved
     if args.compile:
         for network in model.children():
             network.compile()

@@ -107,7 +107,7 @@ def rotate_and_crop(images, rng, rotations, padding):
     images = torch.stack([images.rot90(k, dims=(2, 3)) for k in range(rotations)], dim=1).flatten(0, 1)
     if not padding:
         return images
-    offsets = common.local_share(rng.integers(0, 2 * padding + 1, (len(images) * common.world_size(), 2)))
+    offsets = common.own_rows(rng.integers(0, 2 * padding + 1, (len(images) * common.world_size(), 2)))
     top, left = torch.from_numpy(offsets).to(images.device, non_blocking=True).unbind(dim=1)
     height, width = images.shape[2:]
     crops = F.pad(images, [padding] * 4).unfold(2, height, 1).unfold(3, width, 1)  # a view of all possible crops
@@ -200,14 +200,14 @@ def main():
     train, val = common.load_labelled(args.data, args.data_root, device, size)
     train = common.subsample_per_class(train, args.label_fraction, args.seed)
     if args.label_noise:
-        train.labels = noisy_labels(train.labels, train.num_classes, args.label_noise, args.seed)
+        train.labels = noisy_labels(common.labels_of(train), len(train.classes), args.label_noise, args.seed)
 
-    student, teacher = common.build_classifier(args.student, train.num_classes, size), None
-    networks, files = [student], []
+    student, teacher = common.build_classifier(args.student, len(train.classes), size, args.init), None
+    networks = [student]
     if args.teacher:
-        teacher = common.load_classifier(args.teacher, args.teacher_arch, train.num_classes, size)
+        teacher = common.load_classifier(args.teacher, args.teacher_arch, len(train.classes), size)
         common.check_input_size(teacher.backbone, args.teacher, size)
-        networks, files = [student, teacher], [args.teacher]
+        networks.append(teacher)
     for network in networks:
         network.amp = common.AMP[args.amp]
         if args.compile:
@@ -217,12 +217,16 @@ def main():
                  tf_temperature=args.tf_temperature, ss_temperature=args.ss_temperature, tf_ratio=args.tf_ratio,
                  ss_ratio=args.ss_ratio)  # fmt: skip
     model.to(device, memory_format=torch.channels_last)
-    padding, scale = (round(size / 8), None) if train.in_memory else (0, (0.08, 1.0))
-    view = common.View(size, scale, partial(rotate_and_crop, rotations=model.rotations, padding=padding))
+    # Small images are padded and cropped, as CIFAR's in the released code, files as ImageNet's
+    padding, scale = (round(size / 8), None) if common.in_memory(train) else (0, (0.08, 1.0))
+    rotate = partial(rotate_and_crop, rotations=model.rotations, padding=padding)
+    view = common.View(size, scale=scale, flip=0.5, augment=rotate)
     loader = common.Loader(train, [view], args.batch_size, args.seed, args.workers, device)
 
     head_epochs = args.head_epochs if args.ss_weight else 0
-    groups = [{"params": [p for name, p in model.named_parameters() if not name.startswith("teacher")]}]
+    groups = [{"params": list(student.parameters())}]
+    if model.rotations > 1:
+        groups[0]["params"] += model.student_head.parameters()
     if head_epochs:
         groups += [{"params": list(model.teacher_head.parameters())}]
     optimizer = common.sgd(groups, args.lr, args.weight_decay)
@@ -237,13 +241,18 @@ def main():
     def top1(network):
         """Top-1 accuracy in percent; every image counts once, on any number of processes."""
         features, labels = common.extract_features(network, val, size, args.batch_size, args.workers, device)
-        right = network.classifier(features).argmax(dim=1) == common.local_share(labels)
+        right = network.classifier(features).argmax(dim=1) == common.own_rows(labels)
         return 100 * common.all_reduce(right.sum()).item() / (labels >= 0).sum().item()
 
-    run = common.Run("sskd", args, train, val, files=files, arch=args.student, image_size=size)
-    run.resume(model, optimizer, scaler)
+    run = common.Run("sskd", args, train, val, arch=args.student, image_size=size)
+    run.start_or_resume(model, optimizer, scaler, frozen=model.teacher)  # not saved
     if model.teacher and run.step == 0:
-        run.log({"teacher_top1": top1(teacher)})
+        run.log({"teacher_top1": (accuracy := top1(teacher))})
+        chance = 100 / len(train.classes)
+        common.say(f"{args.teacher}: top-1 accuracy {accuracy:.2f} % on the validation images")
+        if accuracy < chance + min(chance, (100 - chance) / 2):
+            common.say(f"warning: the teacher is hardly better than chance, {chance:.2f} %: is its class order not that of "
+                       f"--data, where the first class is {train.classes[0]}?")  # fmt: skip
 
     # The head of the frozen teacher learns the contrastive task
     if head_epochs:
