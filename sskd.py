@@ -251,8 +251,8 @@ def main():
         chance = 100 / len(train.classes)
         common.say(f"{args.teacher}: top-1 accuracy {accuracy:.2f} % on the validation images")
         if accuracy < chance + min(chance, (100 - chance) / 2):
-            common.say(f"warning: the teacher is hardly better than chance, {chance:.2f} %: is its class order not that of "
-                       f"--data, where the first class is {train.classes[0]}?")  # fmt: skip
+            common.say(f"warning: the teacher is hardly better than chance ({chance:.2f} %), perhaps because its class "
+                       f"order is not that of --data, where class 0 is {train.classes[0]}")  # fmt: skip
 
     # The head of the frozen teacher learns the contrastive task
     if head_epochs:

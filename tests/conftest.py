@@ -156,9 +156,20 @@ def run(line):
     """Run a command line in this process, which takes no start."""
     script, *arguments = line.split()
     common.list_folder.cache_clear()
+    common.say.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [script, *arguments])
         common.run_script(importlib.import_module(script.removesuffix(".py")).main)
+
+
+def refused(line, capfd):
+    """The one line that a command line ends with in this process, with exit code 2."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run(line)
+    lines = [line for line in error_lines(capfd.readouterr().err) if "error: " in line]
+    assert stop.value.code == 2 and len(lines) == 1, lines
+    return lines[0]
 
 
 def error_lines(errors):

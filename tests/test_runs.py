@@ -11,22 +11,12 @@ import time
 import faults
 import pytest
 import torch
-from conftest import error_lines, free_port, on_processes, run, run_script, start_script
+from conftest import error_lines, free_port, on_processes, refused, run, run_script, start_script
 
 import common
 
 SMALL = "--data shapes:64 --image-size 16 --batch-size 16 --queue-size 50"
 MOCO = f"moco_v2.py {SMALL} --arch resnet8 --dim 16"
-
-
-def refused(line, capfd):
-    """The one line that a command line ends with in this process, with exit code 2."""
-    capfd.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        run(line)
-    lines = [line for line in error_lines(capfd.readouterr().err) if "error: " in line]
-    assert stop.value.code == 2 and len(lines) == 1, lines
-    return lines[0]
 
 
 def log_of(folder):

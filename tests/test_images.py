@@ -1,0 +1,239 @@
+"""Data sets and single images: what a folder holds, formats and grey levels, and the identity of data."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import error_lines, refused, run
+from PIL import Image, features
+
+import common
+
+CPU = torch.device("cpu")
+MOCO = "moco_v2.py --arch resnet8 --image-size 16 --batch-size 4 --queue-size 8 --epochs 1 --workers 0"
+EVAL = "linear_eval.py --image-size 16 --batch-size 4 --epochs 1 --workers 0"
+
+
+@pytest.fixture
+def folder(tmp_path, image_folder):
+    """A copy of the image folder that a test may change."""
+    shutil.copytree(image_folder, tmp_path / "images")
+    return tmp_path / "images"
+
+
+def names_in(dataset):
+    return [os.path.relpath(dataset.path(i), dataset.root) for i in range(len(dataset))]
+
+
+# ------------------------------------------------------------------------------------------------------- Which files
+
+
+def test_hidden_entries_are_no_data(folder, capfd):
+    """Notebooks' copies, macOS's resource forks and what network disks add: neither classes nor images."""
+    expected = common.FolderDataset(folder / "train")
+    image = folder / "train" / "ant" / "0.jpg"
+    for name in (".ipynb_checkpoints/0.jpg", "ant/.ipynb_checkpoints/0.jpg", "ant/._0.jpg", ".x.jpg",
+                 "bee/@eaDir/0.jpg", "__MACOSX/ant/._0.jpg"):  # fmt: skip
+        (folder / "train" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(image, folder / "train" / name)
+    common.list_folder.cache_clear()
+    for labelled in (True, False):
+        found = common.FolderDataset(folder / "train", labelled)
+        assert names_in(found) == names_in(expected)
+    found = common.FolderDataset(folder / "train")
+    assert found.classes == ["ant", "bee"] and torch.equal(found.labels, expected.labels)
+    assert not capfd.readouterr().err
+
+
+def test_every_format_that_pillow_decodes_is_listed_and_others_are_named_once(folder, capfd):
+    image = Image.new("RGB", (8, 8), (200, 0, 0))
+    suffixes = ["gif", "jfif", "JPE", "jp2", "tif", "webp", "tga", *(["avif"] if features.check("avif") else [])]
+    (folder / "train" / "cow").mkdir()
+    for suffix in suffixes:
+        kind = {"jp2": "JPEG2000", "tif": "TIFF", "JPE": "JPEG", "jfif": "JPEG"}.get(suffix, suffix.upper())
+        image.save(folder / "train" / "cow" / f"x.{suffix}", kind)
+    for name in ("cow/list.txt", "cow/data.h5", "cow/film.mpg", "loose.jpg"):
+        (folder / "train" / name).write_bytes(b"")
+    common.say.cache_clear()
+    common.list_folder.cache_clear()
+    for _ in range(2):
+        found = common.FolderDataset(folder / "train")
+    assert sorted(names_in(found)[-len(suffixes) :]) == sorted(f"cow/x.{suffix}" for suffix in suffixes)
+    for i in range(len(found) - len(suffixes), len(found)):
+        red, green, blue = found[i][0].float().mean(dim=(1, 2))
+        assert red > 180 and green < 20 and blue < 20, found.path(i)
+    (line,) = error_lines(capfd.readouterr().err)
+    assert "passed over 4 files" in line and any(name in line for name in ("list.txt", "data.h5", "film.mpg", "loose"))
+
+
+def test_without_labels_images_may_lie_anywhere(tmp_path, image_folder, capfd):
+    """Flat, at any depth, or below train/; evaluation needs classes and says so."""
+    flat = tmp_path / "flat"
+    (flat / "a" / "b").mkdir(parents=True)
+    for i, place in enumerate(["", "a", "a/b", "a/b"] * 2):
+        shutil.copy(image_folder / "train" / "ant" / "0.jpg", flat / place / f"{i}.jpg")
+    dataset = common.load_dataset(str(flat), None, "pretrain", CPU)
+    assert len(dataset) == 8 and dataset.classes == []
+    run(f"{MOCO} --data {flat} --out {tmp_path}/flat_run")
+    assert json.loads((tmp_path / "flat_run" / "config.json").read_text())["inputs"]["data"][0].startswith("8 images")
+    (tmp_path / "nested").mkdir()
+    shutil.move(flat, tmp_path / "nested" / "train")
+    assert len(common.load_dataset(str(tmp_path / "nested"), None, "pretrain", CPU)) == 8
+    assert "nested/val" in refused(f"{MOCO} --data {tmp_path}/nested --knn-every 1 --out {tmp_path}/x", capfd)
+    # ImageNet's layout gives the same images in the same order as with labels
+    names = names_in(common.FolderDataset(image_folder / "train"))
+    assert names_in(common.load_dataset(str(image_folder), None, "pretrain", CPU)) == names
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(folder, capfd, monkeypatch):
+    scandir = os.scandir
+
+    def no_entry(path):
+        if str(path).endswith("bee"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", no_entry)
+    assert "Permission denied" in refused(f"{MOCO} --data {folder} --out {folder}/run", capfd)
+
+
+# -------------------------------------------------------------------------------------------------------- Grey levels
+
+RAMP = np.linspace(0, 1, 1200).reshape(30, 40)
+LEVELS = {  # name: what is saved, and the white of its range; None where nothing tells it
+    "float from 0 to 1": (RAMP.astype(np.float32), 1),
+    "dark float from 0 to 0.1": ((RAMP / 10).astype(np.float32), 1),
+    "float to 255": ((RAMP * 255).astype(np.float32), 255),
+    "float to 65,535": ((RAMP * 65535).astype(np.float32), 65535),
+    "float to 4,095": ((RAMP * 4095).astype(np.float32), None),
+    "float below 0": ((RAMP - 0.5).astype(np.float32), None),
+    "not a number": (np.where(RAMP > 0.5, np.nan, RAMP).astype(np.float32), None),
+    "int32 to 255": ((RAMP * 255).astype(np.int32), 255),
+    "int32 to 65,535": ((RAMP * 65535).astype(np.int32), 65535),
+    "int32 to 70,000": ((RAMP * 70000).astype(np.int32), None),
+    "int32 to 1": ((RAMP > 0.5).astype(np.int32), None),
+    "int32 to 4,095": ((RAMP * 4095).astype(np.int32), None),
+    "int32 below 0": ((RAMP * 255 - 9).astype(np.int32), None),
+    "uint16 to 4,095": ((RAMP * 4095).astype(np.uint16), 65535),
+    "black": (np.zeros((30, 40), np.int32), 255),
+}
+
+
+@pytest.mark.parametrize("name", LEVELS)
+def test_grey_levels_of_more_than_8_bits_are_scaled_or_unreadable(name, tmp_path):
+    levels, white = LEVELS[name]
+    Image.fromarray(levels).save(tmp_path / "x.tif")
+    if white is None:
+        with pytest.raises(ValueError, match=r"grey levels from .* nothing says which is white"):
+            common.read_image(str(tmp_path / "x.tif"))
+        return
+    image = common.read_image(str(tmp_path / "x.tif"))
+    assert image.dtype == torch.uint8 and image.shape == (3, 30, 40)
+    assert np.abs(image.numpy() - levels / white * 255).max() <= 1
+
+
+def test_pgm_files_of_more_than_8_bits_are_scaled_by_their_header(tmp_path):
+    levels = (RAMP * 4095).astype(">u2")
+    (tmp_path / "x.pgm").write_bytes(b"P5 40 30 4095\n" + levels.tobytes())
+    assert np.abs(common.read_image(str(tmp_path / "x.pgm")).numpy() - RAMP * 255).max() <= 1
+
+
+def test_a_strip_takes_no_memory_and_other_images_are_torchvisions(monkeypatch):
+    """1 x 20,000 pixels would become 256 x 5,120,000."""
+    resized, resize = [], common.TF.resize
+    monkeypatch.setattr(common.TF, "resize", lambda x, *a, **k: resized.append(resize(x, *a, **k)) or resized[-1])
+    assert common.center_crop(torch.zeros(3, 1, 20000, dtype=torch.uint8), 224).shape == (3, 224, 224)
+    assert resized[0].numel() < 10**7
+    image = torch.randint(256, (3, 40, 300), dtype=torch.uint8)
+    theirs = common.TF.center_crop(resize(image, [37], antialias=True), [32] * 2)
+    assert torch.equal(common.center_crop(image, 32), theirs)
+
+
+# ----------------------------------------------------------------------------------------------------------- Identity
+
+
+def test_moved_data_continues_and_replaced_images_do_not(folder, tmp_path, monkeypatch, capfd):
+    """The same number of images in the same places is not the same data."""
+    monkeypatch.chdir(tmp_path)
+    run(f"{MOCO} --data images --out run")
+    before = (tmp_path / "run" / "checkpoint.pth").read_bytes()
+    shutil.copytree(folder, tmp_path / "copy")
+    for data in ("images/", folder, "./images", "copy"):
+        run(f"{MOCO} --data {data} --out run")
+    for name in ("ant/0.jpg", "bee/5.bmp"):  # a file of another size, and one of the same
+        content = (folder / "train" / name).read_bytes()
+        (folder / "train" / name).write_bytes(content[:-2] + b"\x07\x07" if "bmp" in name else content + b"\0")
+        assert "run holds another run (data" in refused(f"{MOCO} --data images --out run", capfd)
+        (folder / "train" / name).write_bytes(content)
+        run(f"{MOCO} --data images --out run")
+    os.rename(folder / "train" / "ant" / "0.jpg", folder / "train" / "ant" / "00.jpg")
+    assert "another run (data" in refused(f"{MOCO} --data images --out run", capfd)
+    assert (tmp_path / "run" / "checkpoint.pth").read_bytes() == before
+
+
+def test_moved_teachers_and_weights_continue_and_changed_ones_do_not(tmp_path, teacher_file, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    small = "--data shapes:64 --image-size 16 --batch-size 16 --epochs 1"
+    for name in ("a.pth", "b.pth"):
+        shutil.copy(teacher_file, name)
+    disco = f"disco.py {small} --student resnet8 --queue-size 32 --out run --teacher"
+    evaluation = f"linear_eval.py {small} --cached --lr 1 --out eval --weights"
+    for line in (disco, evaluation):
+        run(f"{line} a.pth")
+        run(f"{line} ./b.pth")
+    assert json.loads((tmp_path / "eval" / "eval.json").read_text())["a.pth"]
+    assert "b.pth" in capfd.readouterr().out  # the table has the name of today
+    teacher = common.load_file("b.pth")
+    teacher["model"]["encoder.head.2.bias"] += 1
+    torch.save(teacher, "b.pth")
+    assert "run holds another run (teacher" in refused(f"{disco} b.pth", capfd)
+    assert "eval holds another run (weights" in refused(f"{evaluation} b.pth", capfd)
+
+
+def test_results_and_cached_features_of_other_images_are_not_taken(tmp_path, teacher_file, capfd):
+    for split in ("train", "val"):
+        for name, color in (("ant", "red"), ("bee", "blue")):
+            (tmp_path / "images" / split / name).mkdir(parents=True)
+            for i in range(4):
+                Image.new("RGB", (20, 20 + i), color).save(tmp_path / "images" / split / name / f"{i}.bmp")
+    line = f"{EVAL} --data {tmp_path}/images --weights {teacher_file} --cached --lr 1 --knn 3 --out {tmp_path}/run"
+    run(line)
+    val = tmp_path / "images" / "val"
+    for i in range(4):  # with the same sizes
+        ant, bee = ((val / name / f"{i}.bmp").read_bytes() for name in ("ant", "bee"))
+        (val / "ant" / f"{i}.bmp").write_bytes(bee)
+        (val / "bee" / f"{i}.bmp").write_bytes(ant)
+    assert "another run (data" in refused(line, capfd)
+    first = json.loads((tmp_path / "run" / "eval.json").read_text())
+    for path in (tmp_path / "run").iterdir():
+        if not path.name.startswith("features"):  # these alone, as on a machine that does not share the folder
+            path.unlink()
+    run(line)
+    again = json.loads((tmp_path / "run" / "eval.json").read_text())
+    assert [result["knn"]["3"] for results in (first, again) for result in results.values()] == [100, 0]
+
+
+def test_a_label_list_is_known_by_its_content(folder, tmp_path, teacher_file, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    names = "ant/0.jpg\nant/2.jpg\nbee/0.jpg\nbee/2.jpg\n"
+    for name, content in (("a.txt", names), ("b.txt", names), ("c.txt", names.replace("2", "3"))):
+        (tmp_path / name).write_text(content)
+    line = f"{EVAL} --data {folder} --weights {teacher_file} --lr 1 --out run --label-list"
+    run(f"{line} a.txt")
+    run(f"{line} b.txt")
+    assert "label_list" in refused(f"{line} c.txt", capfd)
+
+
+def test_class_names_stand_in_the_config_and_beside_figures_per_class(tmp_path, image_folder, teacher_file):
+    """Folders 10, 2 and 9 are classes 0, 1 and 2, in the order of their names."""
+    for split in ("train", "val"):
+        for name, source in (("10", "ant"), ("2", "bee"), ("9", "bee")):
+            shutil.copytree(image_folder / split / source, tmp_path / "images" / split / name)
+    run(f"{EVAL} --data {tmp_path}/images --weights {teacher_file} --lr 1 --out {tmp_path}/run")
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["classes"] == ["10", "2", "9"]
+    (result,) = json.loads((tmp_path / "run" / "eval.json").read_text()).values()
+    assert result["linear"]["classes"] == ["10", "2", "9"] and len(result["linear"]["per_class"]) == 3
+    assert list(result["knn"]) == ["10", "20", "24"]  # as far as there are images
