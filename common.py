@@ -212,7 +212,7 @@ def shuffle(x):
     return gather(x)[rank() :: world_size()]
 
 
-def unshuffle(x):
+def gather_unshuffled(x):
     """Undo `shuffle` and gather: (N, ...) of this process -> (world_size * N, ...) in the order of the global batch."""
     return gather(x).unflatten(0, (world_size(), len(x))).transpose(0, 1).flatten(0, 1)
 
@@ -1523,7 +1523,7 @@ def nearest_neighbours(train, queries, k):
                       for rows, norm, offset, images in zip(*blocks, strict=True)]  # fmt: skip
         candidates = best(*(torch.cat(parts, dim=1) for parts in zip(*candidates, strict=True)))
         # Candidates of all shares for the queries of this process: (world_size * m, k) -> (m, world_size * k)
-        similarity, images = best(*(own_rows(unshuffle(x).view(len(x), -1)) for x in candidates))
+        similarity, images = best(*(own_rows(gather_unshuffled(x).view(len(x), -1)) for x in candidates))
         found.append((similarity.float(), images))
     return [torch.cat(parts) for parts in zip(*found, strict=True)]
 
@@ -1725,7 +1725,7 @@ class Run:
                 self.draw_views(views, mean_std_of(loader.dataset))
             yield views, labels
 
-    def track(self, losses, lr):
+    def end_step(self, losses, lr):
         """Count a step; log the mean losses every LOG_EVERY steps and at an epoch's end; save when it is time.
 
         losses: {name: scalar tensor}. One that is not finite raises UserError with the next log line or checkpoint.

@@ -87,7 +87,7 @@ class DisCo(nn.Module):
         with torch.no_grad():
             # Of the parameters alone: BatchNorm statistics are not averaged
             self.update_average(list(self.mean_student.parameters()), list(self.student.parameters()), None)
-            keys = common.unshuffle(F.normalize(self.mean_student(common.shuffle(view2)), dim=1))
+            keys = common.gather_unshuffled(F.normalize(self.mean_student(common.shuffle(view2)), dim=1))
         contrastive = info_nce(student1, common.own_rows(keys), self.queue, self.temperature)
         loss = contrastive + self.distill_weight * distill
         return {"loss": loss, "contrastive": contrastive, "distill": distill}, keys
@@ -149,7 +149,7 @@ def main():
             scaler.step(optimizer)
             scaler.update()
             model.enqueue(keys)
-            run.track(losses, lr)
+            run.end_step(losses, lr)
     run.finish(backbone)
 
 

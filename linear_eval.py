@@ -260,7 +260,7 @@ def train_classifiers(run, of, encoder, batches, val, val_set, options):
             scaler.scale(losses.sum()).backward()  # each layer's gradient is its own
             scaler.step(optimizer)
             scaler.update()
-            run.track({"loss": losses.min()}, args.lr[0] * factor)
+            run.end_step({"loss": losses.min()}, args.lr[0] * factor)
 
     top1 = run.metrics["top1"]
     best = top1.index(max(top1))

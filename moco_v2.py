@@ -59,7 +59,7 @@ class MoCo(nn.Module):
         with torch.no_grad():
             # Of the parameters alone: BatchNorm statistics are not averaged
             self.update_average(list(self.momentum_encoder.parameters()), list(self.encoder.parameters()), None)
-            keys = common.unshuffle(F.normalize(self.momentum_encoder(common.shuffle(view2)), dim=1))
+            keys = common.gather_unshuffled(F.normalize(self.momentum_encoder(common.shuffle(view2)), dim=1))
         return {"loss": info_nce(query, common.own_rows(keys), self.queue, self.temperature)}, keys
 
     @torch.no_grad()
@@ -115,7 +115,7 @@ def main():
             scaler.step(optimizer)
             scaler.update()
             model.enqueue(keys)
-            run.track(losses, lr)
+            run.end_step(losses, lr)
     run.finish(backbone)
 
 

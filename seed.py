@@ -168,7 +168,7 @@ def main():
             scaler.step(optimizer)
             scaler.update()
             model.enqueue(keys)
-            run.track(losses, lr)
+            run.end_step(losses, lr)
     run.finish(backbone)
 
 

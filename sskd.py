@@ -263,7 +263,7 @@ def main():
                 embedding = ddp_model(teacher.features(images))
                 loss = ss_head_loss(gather_with_gradient(embedding))
                 step(loss)
-                run.track({"loss": loss}, lr)
+                run.end_step({"loss": loss}, lr)
 
     # The student learns from labels, teacher and head
     if model.rotations > 1:
@@ -274,7 +274,7 @@ def main():
         for (images,), labels in run.batches(loader):
             losses = ddp_model(images, labels)
             step(losses["loss"])
-            run.track(losses, lr)
+            run.end_step(losses, lr)
     run.finish(student.plain())
     if common.rank() == 0:
         print(f"{args.student}: top-1 accuracy {run.metrics['top1']:.2f} % on the validation images")

@@ -46,6 +46,8 @@ from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from conftest import COLOR
+
 import common
 from disco import DisCo
 from linear_eval import CachedBatches, Probe
@@ -106,16 +108,16 @@ def jpeg_folder(root, count=64):
 def input_path(name, dataset, size, pil_images):
     """Print images a second of both paths."""
     torch.set_num_threads(1)
-    loader = common.Loader(dataset, [common.View(size)] * 2, len(dataset), 0, 0, CPU)
-    loader.step, loader.stop = 0, 1
-    job = next(iter(loader))
+    view = common.View(size, (0.2, 1.0), 0.5, **COLOR)
+    loader = common.Loader(dataset, [view, view], len(dataset), 0, 0, CPU)
+    batches = common.TrainingBatches(dataset, [view, view], len(dataset), 0)
     transform = pil_path(size)
 
     def released():
         for image in pil_images():
             transform(image), transform(image)
 
-    rows = [("workers", lambda: dataset[job]), ("workers and colour", lambda: list(loader.batches(0, 1)))]
+    rows = [("workers", lambda: batches[0]), ("workers and colour", lambda: list(loader.batches(range(1))))]
     for what, ours in rows:
         one, other, ratio = pairs(ours, released)
         rates = f"{len(dataset) / one:8.0f} images/s   PIL path {len(dataset) / other:6.0f} images/s"
@@ -270,7 +272,7 @@ def sskd_step(teacher, student, steps=20, batch_size=64):
     model.teacher_head.requires_grad_(False)
     learning = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(learning, 0.05, momentum=0.9, weight_decay=5e-4, fused=True)
-    view = common.View(32, None, partial(rotate_and_crop, rotations=4, padding=4))
+    view = common.View(32, flip=0.5, augment=partial(rotate_and_crop, rotations=4, padding=4))
     loader = common.Loader(drawn, [view], batch_size, 0, 0, CPU)
     pil = torch.utils.data.DataLoader(PilRotations(drawn), batch_size, shuffle=True, num_workers=2,
                                       persistent_workers=True)  # fmt: skip
@@ -285,7 +287,7 @@ def sskd_step(teacher, student, steps=20, batch_size=64):
 
     for what, use in (("input alone", skip), (f"whole step, {teacher} to {student}", train)):
         one, other, ratio = pairs(
-            lambda use=use: [use(images, labels) for (images,), labels in loader.batches(0, steps)],
+            lambda use=use: [use(images, labels) for (images,), labels in loader.batches(range(steps))],
             lambda use=use: [use(images.flatten(0, 1), labels) for images, labels in pil],
         )
         count = steps * batch_size
@@ -298,7 +300,7 @@ def probe_rates(arch="resnet18", size=96, batch_size=64, steps=4, classes=1000):
     torch.set_num_threads(1)
     drawn = common.load_dataset(f"shapes:{steps * batch_size}", None, "train", CPU, size)
     encoder = common.Encoder(common.build_backbone(arch, size), torch.nn.Identity()).eval()
-    view = common.View(size, scale=(0.08, 1.0), augment=None)
+    view = common.View(size, scale=(0.08, 1.0), flip=0.5)
     loader = common.Loader(drawn, [view], batch_size, 0, 0, CPU)
 
     def probing(rates):
@@ -306,7 +308,7 @@ def probe_rates(arch="resnet18", size=96, batch_size=64, steps=4, classes=1000):
         optimizer = torch.optim.SGD(probe.parameters(), 1.0, momentum=0.9, fused=True)
 
         def train():
-            for (images,), labels in loader.batches(0, steps):
+            for (images,), labels in loader.batches(range(steps)):
                 logits = probe(encoder.features(images))
                 losses = [torch.nn.functional.cross_entropy(of_rate, labels) for of_rate in logits]
                 optimizer.zero_grad()
@@ -365,13 +367,13 @@ def evaluate_noise(rank, processes, folder, images, dim, queries, steps):
         return [common.extract_features(Noise(n, dim), Noise(n, dim), 1, 256, 0, CPU) for n in counts]
 
     def draw(batches):
-        for _ in batches.batches(0, steps):
+        for _ in batches.batches(range(steps)):
             pass
 
     def train_probe(batches):
         probe = Probe(dim, 1000, 6)
         optimizer = torch.optim.SGD(probe.parameters(), 1.0, momentum=0.9, fused=True)
-        for (features,), labels in batches.batches(0, steps):
+        for (features,), labels in batches.batches(range(steps)):
             losses = [torch.nn.functional.cross_entropy(logits, labels) for logits in probe(features)]
             optimizer.zero_grad()
             torch.stack(losses).sum().backward()
@@ -496,7 +498,7 @@ def saving(folder):
     args = argparse.Namespace(out=str(folder), checkpoint_minutes=10.0, max_bad_images=0,
                               max_steps=None, batch_size=256)  # fmt: skip
     run = common.Run("moco_v2", args, arch="resnet50", image_size=224)
-    run.resume(model, optimizer, torch.amp.GradScaler("cpu"))
+    run.start_or_resume(model, optimizer, torch.amp.GradScaler("cpu"))
     seconds = []
     for _ in range(7):
         start = time.perf_counter()
@@ -511,7 +513,7 @@ def saving(folder):
     run.clock = 0, time.perf_counter()
     start = time.perf_counter()
     for _ in range(1000):
-        run.track({"loss": torch.tensor(1.0)}, 0.03)
+        run.end_step({"loss": torch.tensor(1.0)}, 0.03)
     print(f"tracking: {1e3 * (time.perf_counter() - start):.0f} us a step")
 
 

@@ -21,6 +21,7 @@ import common
 torch.set_num_threads(1)  # tests run side by side
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
+COLOR = {"jitter": (0.4, 0.4, 0.4, 0.1), "jitter_p": 0.8, "grey": 0.2, "blur": (0.1, 2.0), "blur_p": 0.5}  # MoCo v2's
 
 
 class GoldenBackbone(nn.Module):
@@ -82,7 +83,7 @@ def golden_training(model, network, vectors, steps):
     )
     history = []
     for views in inputs:
-        losses, keys = ddp_model(*map(common.local_share, views))
+        losses, keys = ddp_model(*map(common.own_rows, views))
         optimizer.zero_grad()
         losses["loss"].backward()
         optimizer.step()
@@ -204,7 +205,7 @@ def share_of(features, labels):
     """What `extract_features` returns on this process, of features and labels of all images."""
     missing = -len(labels) % common.world_size()
     features, labels = torch.cat([features, features[:missing]]), F.pad(labels, (0, missing), value=-1)
-    return common.local_share(features), labels
+    return common.own_rows(features), labels
 
 
 def both_modes(function):

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 import torchvision
-from conftest import GOLDEN, golden_fill, on_processes
+from conftest import COLOR, GOLDEN, golden_fill, on_processes
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as TF
 
@@ -40,7 +41,7 @@ def test_crop_boxes_have_torchvisions_distribution(height, width):
     image, count = torch.empty(3, height, width), 6000
     theirs = np.array([RandomResizedCrop.get_params(image, (0.2, 1.0), (3 / 4, 4 / 3)) for _ in range(count)])
     random_params = np.random.default_rng(0).random((count, common.CROP_PARAMS))
-    ours, _ = common.random_crops(random_params, height, width, (0.2, 1.0))
+    ours = common.random_boxes(random_params, height, width, (0.2, 1.0))
     assert (ours[:, :2] >= 0).all() and (ours[:, 2:] >= 1).all()
     assert (ours[:, :2] + ours[:, 2:] <= [height, width]).all()
     for i in range(4):
@@ -56,7 +57,7 @@ def test_crop_boxes_have_torchvisions_distribution(height, width):
 def test_crop_and_resize_is_torchvisions_for_every_box(size):
     images = random_images(40, 30, 42)
     random_params = np.random.default_rng(1).random((40, common.CROP_PARAMS))
-    boxes, flips = common.random_crops(random_params, 30, 42, (0.05, 1.0))
+    boxes, flips = common.random_boxes(random_params, 30, 42, (0.05, 1.0)), random_params[:, -1] < 0.5
     assert 5 < flips.sum() < 35
     ours = common.crop_and_resize(images, boxes, flips, size)
     for image, box, flip, result in zip(images, boxes.tolist(), flips, ours, strict=True):
@@ -81,7 +82,7 @@ def test_blur_is_torchvisions(size):
     images = random_images(6, size, size)
     sigma = torch.linspace(0.1, 2.0, 6) * size / 224
     taps = 2 * int(np.ceil(3 * 2.0 * size / 224)) + 1
-    ours = common.gaussian_blur(images, sigma.view(-1, 1, 1, 1))
+    ours = common.gaussian_blur(images, sigma.view(-1, 1, 1, 1), 2.0 * size / 224)
     for image, s, result in zip(images, sigma.tolist(), ours, strict=True):
         torch.testing.assert_close(result, TF.gaussian_blur(image, [taps, taps], [s, s]), rtol=0, atol=1e-5)
 
@@ -89,7 +90,7 @@ def test_blur_is_torchvisions(size):
 def test_color_augmentation_is_torchvisions_image_by_image():
     """Whole chain on uint8 values: order, which images are touched, grey and blur; within a step of 1/255."""
     images = (random_images(64, 96, 96) * 255).round() / 255
-    parameters = common.draw_color(np.random.default_rng(2), 64, 96)
+    parameters = common.draw_color(np.random.default_rng(2), 64, common.View(96, **COLOR))
     operations = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
     expected = []
     for i, image in enumerate(images):
@@ -101,7 +102,7 @@ def test_color_augmentation_is_torchvisions_image_by_image():
         if parameters["blur"][i]:
             image = TF.gaussian_blur(image, [7, 7], [parameters["sigma"][i]] * 2)
         expected.append(image)
-    ours = common.augment_color(images.clone(), np.random.default_rng(2))
+    ours = common.View(96, **COLOR).color(images.clone(), np.random.default_rng(2))
     assert (ours - torch.stack(expected)).abs().max() <= 1 / 255
     untouched = ~(parameters["jitter"] | parameters["grey"] | parameters["blur"])
     assert untouched.any() and torch.equal(ours[untouched], images[untouched])
@@ -109,7 +110,7 @@ def test_color_augmentation_is_torchvisions_image_by_image():
 
 def test_color_parameters_have_the_papers_distribution():
     n = 20000
-    drawn = common.draw_color(np.random.default_rng(3), n, 224)
+    drawn = common.draw_color(np.random.default_rng(3), n, common.View(224, **COLOR))
     for name, probability in (("jitter", 0.8), ("grey", 0.2), ("blur", 0.5)):
         assert drawn[name].mean() == pytest.approx(probability, abs=0.015)
     for i, (low, high) in enumerate([(0.6, 1.4)] * 3 + [(-0.1, 0.1)]):
@@ -118,7 +119,7 @@ def test_color_parameters_have_the_papers_distribution():
     np.testing.assert_allclose(np.quantile(drawn["sigma"], [0, 0.5, 1]), [0.1, 1.05, 2.0], atol=0.03)
     orders, counts = np.unique(drawn["order"], axis=0, return_counts=True)
     assert len(orders) == 24 and counts.min() > 0.8 * n / 24
-    small = common.draw_color(np.random.default_rng(3), n, 32)["sigma"]
+    small = common.draw_color(np.random.default_rng(3), n, common.View(32, **COLOR))["sigma"]
     np.testing.assert_allclose(small, drawn["sigma"] * 32 / 224)
 
 
@@ -128,7 +129,7 @@ def test_color_parameters_have_the_papers_distribution():
 def test_few_labels_are_balanced_and_fixed_by_the_seed(image_folder):
     labels = torch.tensor([0] * 40 + [1] * 20 + [2] * 2)[torch.randperm(62)]
     images = torch.arange(62, dtype=torch.uint8).view(62, 1, 1, 1).expand(-1, 3, 4, 4)
-    dataset = common.ArrayDataset(images, labels, 3, torch.device("cpu"))
+    dataset = common.ArrayDataset(images, labels, "abc", torch.device("cpu"))
     part = common.subsample_per_class(dataset, 0.1, seed=0)
     assert len(part) == 7 and torch.bincount(part.labels).tolist() == [4, 2, 1] and len(dataset) == 62
     assert torch.equal(labels[part.images[:, 0, 0, 0].long()], part.labels)
@@ -143,9 +144,9 @@ def test_few_labels_are_balanced_and_fixed_by_the_seed(image_folder):
 
 def loaded(dataset, batch_size, workers=0, step=0, stop=3):
     """Views and labels of the first steps, all in one tensor each."""
-    views = [common.View(32), common.View(24, (0.05, 0.14), augment=None)]
+    views = [common.View(32, (0.2, 1.0), 0.5, **COLOR), common.View(24, (0.05, 0.14), 0.5)]
     loader = common.Loader(dataset, views, batch_size, seed=5, workers=workers, device=CPU)
-    batches = list(loader.batches(step, stop))
+    batches = list(loader.batches(range(step, stop)))
     return [torch.cat([views[i] for views, _ in batches]) for i in (0, 1)], torch.cat([labels for _, labels in batches])
 
 
@@ -209,8 +210,8 @@ def test_a_resumed_epoch_goes_on_with_the_same_images():
 def test_views_and_epochs_differ_and_an_epoch_sees_every_image_once():
     dataset = common.load_dataset("shapes:40", None, "train", CPU)
     dataset.labels = torch.arange(40)
-    loader = common.Loader(dataset, [common.View(32)] * 2, 10, seed=0, workers=0, device=CPU)
-    first, second = (list(loader.batches(step, 8)) for step in (0, 4))
+    loader = common.Loader(dataset, [common.View(32, (0.2, 1.0), 0.5, **COLOR)] * 2, 10, seed=0, workers=0, device=CPU)
+    first, second = (list(loader.batches(range(step, step + 4))) for step in (0, 4))
     order, other = (torch.cat([labels for _, labels in batches]) for batches in (first, second))
     assert len(first) == len(loader) == 4 and sorted(order.tolist()) == sorted(other.tolist()) == list(range(40))
     assert not torch.equal(order, other)
@@ -224,8 +225,8 @@ def test_folder_decodes_every_kind_of_file_and_crops_for_evaluation(image_folder
     from PIL import Image
 
     dataset = common.FolderDataset(image_folder / "train")
-    assert len(dataset) == 16 and dataset.num_classes == 2 and dataset.classes == ["ant", "bee"]
-    (images,), labels, unreadable = dataset[common.center_crops(np.arange(16), 28)]
+    assert len(dataset) == 16 and dataset.classes == ["ant", "bee"]
+    (images,), labels, unreadable = common.CenterCrops(dataset, 28, np.arange(16), 16)[0]
     assert images.dtype == torch.uint8 and images.shape == (16, 3, 28, 28) and labels.tolist() == [0] * 8 + [1] * 8
     assert not unreadable
     for i, image in enumerate(images):
@@ -236,14 +237,14 @@ def test_folder_decodes_every_kind_of_file_and_crops_for_evaluation(image_folder
 
 def listings(root):
     """How often this process lists folders, and what it finds."""
-    lister, calls = torchvision.datasets.ImageFolder, []
+    lister, calls = common.find_images, []
 
-    def counting(root):
+    def counting(root, labelled):
         calls.append(root)
-        return lister(root)
+        return lister(root, labelled)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torchvision.datasets, "ImageFolder", counting)
+        patch.setattr(common, "find_images", counting)
         common.list_folder.cache_clear()
         datasets = [common.FolderDataset(root / split) for split in ("train", "val", "train")]
     found = [datasets[2].path(i) for i in range(16)], datasets[2].labels.tolist(), datasets[2].classes
@@ -257,7 +258,7 @@ def test_one_process_lists_a_folder_once_in_torchvisions_order(on_two, image_fol
 
 
 def change_a_path(dataset):
-    dataset.paths[0] = 0
+    dataset.names[0] = 0
 
 
 @pytest.mark.parametrize("start", ["spawn", "forkserver"])
@@ -267,7 +268,7 @@ def test_paths_are_not_copied_into_workers(start, image_folder):
     worker = torch.multiprocessing.get_context(start).Process(target=change_a_path, args=(dataset,))
     worker.start()
     worker.join()
-    assert dataset.path(0) == "" and dataset.path(1).endswith("ant/1.JPEG")
+    assert dataset.path(0) == f"{image_folder}/train/" and dataset.path(1).endswith("ant/1.JPEG")
     common.list_folder.cache_clear()
 
 
@@ -281,7 +282,7 @@ def fetches(folder):
             root.mkdir()
             fetched.append(root.name)
         assert root.exists()
-        return argparse.Namespace(data=np.zeros((1, 32, 32, 3), np.uint8), targets=[0])
+        return argparse.Namespace(data=np.zeros((1, 32, 32, 3), np.uint8), targets=[0], classes=[])
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torchvision.datasets, "CIFAR10", opener)
@@ -352,7 +353,7 @@ def test_shapes_are_balanced_repeatable_and_not_solved_by_pixels():
     assert again.dtype == torch.uint8 and again.shape == (3000, 3, 24, 24) and torch.equal(sets[0].images, again)
     assert labels.bincount().tolist() == [300] * 10 and torch.equal(sets[0].labels, labels)
     assert not (again[:2000] == sets[1].images).all(dim=(1, 2, 3)).any()
-    train, val = ((common.normalize(x.images / 255, x.mean_std).flatten(1), x.labels) for x in sets)
+    train, val = ((common.normalize(x.images / 255, common.mean_std_of(x)).flatten(1), x.labels) for x in sets)
     accuracy = common.knn_accuracy(train, val, [10, 20], 10)["knn"]
     assert 40 < accuracy[20] < accuracy[10] < 50
     assert common.load_dataset("shapes:30", None, "train", CPU, 48).images.shape == (30, 3, 48, 48)
@@ -364,7 +365,7 @@ def test_small_sets_come_out_as_one_tensor(tmp_path, monkeypatch):
     def stored(data, **labels):
         def opener(root, download=False, **options):
             split = options.get("split", "train" if options.get("train") else "test")
-            return type("Stored", (), {"data": data, **labels, "split": seen.append(split)})
+            return type("Stored", (), {"data": data, **labels, "classes": ["a", "b"], "split": seen.append(split)})
 
         return opener
 
@@ -375,18 +376,13 @@ def test_small_sets_come_out_as_one_tensor(tmp_path, monkeypatch):
     monkeypatch.setattr(sets, "CIFAR100", stored(hwc, targets=[0, 1, 2, 3, 4, 99]))
     monkeypatch.setattr(sets, "STL10", stored(chw, labels=np.array([-1] * 6)))
     monkeypatch.setattr(sets, "FashionMNIST", stored(torch.from_numpy(hwc[..., 0]), targets=torch.arange(6)))
-    for name, size, classes in (
-        ("cifar10", 32, 10),
-        ("cifar100", 32, 100),
-        ("stl10", 96, 10),
-        ("fashion_mnist", 32, 10),
-    ):
+    for name, size in (("cifar10", 32), ("cifar100", 32), ("stl10", 96), ("fashion_mnist", 32)):
         for split in ("pretrain", "train", "val"):
             seen.clear()
             dataset = common.load_dataset(name, tmp_path, split, CPU)
             wanted = {"pretrain": "unlabeled"} if name == "stl10" else {"pretrain": "train"}
             assert seen[-1] == {**wanted, "train": "train", "val": "test"}[split]
-            assert common.default_image_size(name) == size and dataset.num_classes == classes
+            assert common.default_image_size(name) == size and dataset.classes == ["a", "b"]
             assert dataset.images.shape[:2] == (6, 3) and dataset.images.dtype == torch.uint8
     assert (dataset.images[0, 0] == dataset.images[0, 2]).all()  # grey, from Fashion-MNIST
     cifar = common.load_dataset("cifar10", tmp_path, "train", CPU).images
@@ -700,7 +696,7 @@ def test_a_labelled_file_of_torchvision_loads_without_its_classifier(tmp_path):
 
 def dealt():
     x = torch.arange(6.0).view(3, 2) + 10 * common.rank()
-    return common.gather(x), common.shuffle(x), common.unshuffle(common.shuffle(x))
+    return common.gather(x), common.shuffle(x), common.gather_unshuffled(common.shuffle(x))
 
 
 def test_shuffle_deals_the_batch_out_and_back(on_two):
@@ -755,6 +751,48 @@ def test_each_process_has_the_features_of_its_share_in_order(on_two):
         assert torch.equal(same_labels, torch.cat([labels, torch.tensor([-1])]))
 
 
+def test_weighted_votes_do_not_overflow_at_low_temperatures():
+    """exp(1 / 0.01) is no float32; 29 of 30 neighbours are of the right class."""
+    train = torch.ones(30, 4), torch.tensor([1] + [0] * 29)
+    query = torch.ones(1, 4), torch.tensor([0])
+    for temperature in (1e-6, 0.002, 0.01, 0.07, 1e6):
+        assert common.knn_accuracy(train, query, [30], 2, temperature)["knn_weighted"] == {30: 100}
+
+
+def test_neighbours_are_searched_in_blocks_of_training_images(monkeypatch):
+    """A matrix product can copy its factors: no product sees more than a block."""
+    monkeypatch.setattr(common, "KNN_BLOCKS", (4, 6))
+    normalize = F.normalize
+    monkeypatch.setattr(F, "normalize", lambda x, dim: Product(normalize(x, dim=dim)))
+    train = torch.randn(20, 3), torch.zeros(20, dtype=torch.long)
+    similarity, numbers = common.nearest_neighbours(train, torch.randn(9, 3), 5)
+    assert similarity.shape == numbers.shape == (9, 5) and set(Product.rows) == {6, 2}
+
+
+class Product:
+    """Unit rows that note how many columns they are multiplied with."""
+
+    rows = ()
+
+    def __init__(self, x):
+        self.x = x
+
+    def __matmul__(self, columns):
+        Product.rows += (columns.shape[1],)
+        return self.x @ columns
+
+
+@pytest.mark.parametrize("processes, share", [(1, 16), (8, 2)])
+def test_evaluation_takes_the_batch_of_one_process_from_each(processes, share, monkeypatch):
+    monkeypatch.setattr(common, "world_size", lambda: processes)
+    monkeypatch.setattr(common.dist, "broadcast", lambda *_: None)
+    monkeypatch.setattr(common, "gather", lambda x: x)
+    encoder, sizes = common.Encoder(common.build_backbone("resnet8", 16), torch.nn.Identity()), []
+    encoder.features = lambda images: sizes.append(len(images)) or torch.zeros(len(images), 64)
+    common.extract_features(encoder, common.load_dataset("shapes:160", None, "train", CPU, 16), 16, 16, 0, CPU)
+    assert set(sizes) == {share} and sum(sizes) == 160 / processes
+
+
 @pytest.mark.parametrize(("name", "temperature"), [("knn", None), ("knn_weighted", 0.07)])
 def test_knn_counts_votes_as_written_out(name, temperature, monkeypatch):
     torch.manual_seed(0)
@@ -770,7 +808,7 @@ def test_knn_counts_votes_as_written_out(name, temperature, monkeypatch):
             for j in similarity.argsort(descending=True)[: min(k, 49)].tolist():
                 votes[train_labels[j]] += 1 if temperature is None else np.exp(similarity[j].item() / temperature)
             right[k] += votes.index(max(votes)) == label.item()
-    for block in (common.KNN_BLOCK, 7):
-        monkeypatch.setattr(common, "KNN_BLOCK", block)
+    for blocks in (common.KNN_BLOCKS, (7, 50), (7, 3), (1, 1)):
+        monkeypatch.setattr(common, "KNN_BLOCKS", blocks)
         ours = common.knn_accuracy((train, train_labels), (query, labels), [1, 7, 50], 5, 0.07)[name]
         assert ours == pytest.approx({k: 100 * n / 29 for k, n in right.items()})

@@ -93,3 +93,18 @@ def test_no_step_waits_for_the_gpu_on_two_processes(files, tmp_path):
     line = f"disco.py {SMALL} --teacher {files['teacher']} --student resnet8 --queue-size 64"
     ports = [free_port() for _ in range(3)]
     torch.multiprocessing.spawn(check_on_a_process, (ports, line, (2, 3), tmp_path), nprocs=2)
+
+
+@pytest.mark.parametrize("line", [line for line in LINES if line.startswith(("moco_v2", "linear_eval"))])
+def test_files_hold_no_tensors_of_the_gpu(line, files, tmp_path, monkeypatch):
+    """A machine without CUDA can load what a machine with it saved."""
+    save, saved = torch.save, []
+
+    def note(content, file):
+        saved.extend(x for x in torch.utils._pytree.tree_leaves(content) if isinstance(x, torch.Tensor))
+        save(content, file)
+
+    monkeypatch.setattr(torch, "save", note)
+    with PretendCuda():
+        run(f"{line.format(**files)} --max-steps 2 --out {tmp_path}")
+        assert saved and not any(x.is_cuda for x in saved)

@@ -92,7 +92,7 @@ MISTAKES = {
     f"{DISCO} teacher.pth --out other_run": ["backbone.pth", "--out"],
     f"{MOCO} --data nowhere": ["nowhere", "--data"],
     f"{MOCO} --data empty": ["empty/train", "--data"],
-    f"{MOCO} --data no_images": ["no_images/train", "ant"],
+    f"{MOCO} --data no_images": ["no_images/train"],
     f"{MOCO} --data broken --batch-size 1 --workers 0": ["broken/train/ant/bad", "remove"],
     f"{MOCO} --data broken --batch-size 1 --workers 1": ["broken/train/ant/bad", "remove"],
     f"{MOCO} --data shapes:many": ["shapes:many", "shapes:2000"],

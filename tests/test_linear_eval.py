@@ -65,7 +65,7 @@ def test_cached_batches_see_every_image_once_an_epoch():
     features, labels = torch.arange(21.0)[:, None], torch.arange(21)
     labels[6] = -1  # cannot be read
     loader = CachedBatches(features, labels, 5, 0)
-    batches = [list(loader.batches(step, 8)) for step in (0, 4, 6)]
+    batches = [list(loader.batches(range(step, stop))) for step, stop in ((0, 4), (4, 8), (6, 8))]
     assert len(loader) == 4 and [len(epoch) for epoch in batches] == [4, 4, 2]
     for epoch in batches[:2]:
         assert sorted(torch.cat([y for _, y in epoch]).tolist()) == [*range(6), *range(7, 21)]
@@ -162,7 +162,7 @@ def batches_from_shares():
     torch.manual_seed(0)
     labels = torch.arange(40)
     labels[[3, 39]] = -1
-    return list(CachedBatches(*share_of(torch.randn(40, 3), labels), 6, 0).batches(0, 6))
+    return list(CachedBatches(*share_of(torch.randn(40, 3), labels), 6, 0).batches(range(6)))
 
 
 def neighbours_of_equal_images():
@@ -175,9 +175,9 @@ def neighbours_of_equal_images():
     train, queries = vectors[rng.integers(5, size=41)], vectors[rng.integers(5, size=12)]
     labels = torch.arange(41) % 3
     labels[[0, 30]] = -1
-    shares = share_of(train, labels), common.local_share(queries)
+    shares = share_of(train, labels), common.own_rows(queries)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "KNN_BLOCK", 5)
+        patch.setattr(common, "KNN_BLOCKS", (5, 4))
         found = [common.nearest_neighbours(*shares, k) for k in (7, 39, 41)]
     return train, labels, queries, found
 
@@ -294,7 +294,7 @@ def test_labels_by_list_and_by_fraction(tmp_path, image_folder, teacher_file):
     run(f"{line} --knn 2 --epochs 1 --lr 1 --label-list {names} --out {tmp_path}/list")
     run(f"{line} --knn 2 --epochs 1 --lr 1 --label-fraction 0.25 --out {tmp_path}/part")
     for folder in ("list", "part"):
-        assert json.loads((tmp_path / folder / "config.json").read_text())["inputs"]["images"] == [4, 16]
+        assert json.loads((tmp_path / folder / "config.json").read_text())["inputs"]["data"][0].startswith("4 images")
     listed = linear_eval.subset_from_list(common.FolderDataset(image_folder / "train"), names)
     assert [listed.path(i)[-9:] for i in range(len(listed))] == ["ant/0.jpg", "ant/3.jpg", "ee/1.JPEG", "bee/7.jpg"]
     assert listed.labels.tolist() == [0, 0, 1, 1]
@@ -311,7 +311,7 @@ def test_picture_of_neighbours(tmp_path):
     """Two colours as classes, features the colour itself: each row's neighbours are of its colour, and framed so."""
     colors = torch.tensor([[200, 0, 0], [0, 200, 0]], dtype=torch.uint8)
     labels = torch.arange(24) % 2
-    train = common.ArrayDataset(colors[labels][:, :, None, None].repeat(1, 1, 8, 8), labels, 2, torch.device("cpu"))
+    train = common.ArrayDataset(colors[labels][:, :, None, None].repeat(1, 1, 8, 8), labels, "ab", torch.device("cpu"))
     val = common.subset(train, np.arange(6))
     features = [(colors[dataset.labels].float(), dataset.labels.clone()) for dataset in (train, val)]
     features[0][1][0] = 1  # the wrong class

@@ -6,12 +6,13 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import faults
 import pytest
 import torch
-from conftest import error_lines, free_port, on_processes, refused, run, run_script, start_script
+from conftest import ROOT, error_lines, free_port, on_processes, refused, run, run_script, start_script
 
 import common
 
@@ -279,17 +280,17 @@ def test_another_data_set_and_another_teacher_are_refused(tmp_path, image_folder
     run(line)
     run(f"{line} --workers 1 --checkpoint-minutes 3 --max-bad-images 7")  # do not change the result
     (tmp_path / "images" / "train" / "bee" / "1.JPEG").unlink()
-    assert "images [16] there, [15] here" in refused(line, capfd)
+    assert "data ['16 images of 0 classes" in refused(line, capfd)
     (tmp_path / "images" / "train" / "cow").mkdir()
     shutil.copy(image_folder / "train" / "ant" / "0.jpg", tmp_path / "images" / "train" / "cow" / "0.jpg")
-    assert "classes [2] there, [3] here" in refused(line, capfd)
+    assert "here" in refused(line, capfd)  # 16 images again, but others
     shutil.rmtree(tmp_path / "images" / "train" / "cow")
     shutil.copy(image_folder / "train" / "bee" / "1.JPEG", tmp_path / "images" / "train" / "bee")
     assert "epochs 1 there, 2 here" in refused(f"{line} --epochs 2", capfd)
     teacher = common.load_file(teacher_file)
     teacher["model"]["encoder.head.2.bias"] += 1
     torch.save(teacher, tmp_path / "teacher.pth")
-    assert f"content of {tmp_path}/teacher.pth" in refused(line, capfd)
+    assert "teacher [" in refused(line, capfd)
 
 
 def test_only_rank_0_reads_and_writes_the_folder(tmp_path):
@@ -316,12 +317,74 @@ def save_slowly(folder):
     common.atomic_write = lambda path, *args: (time.sleep(1), write(path, *args))
     layer = torch.nn.Linear(2, 2)
     args = argparse.Namespace(out=str(folder / "run"))
-    common.Run("slow", args).resume(layer, torch.optim.SGD(layer.parameters()), torch.amp.GradScaler("cpu"))
+    common.Run("slow", args).start_or_resume(layer, torch.optim.SGD(layer.parameters()), torch.amp.GradScaler("cpu"))
     return (folder / "run" / "checkpoint.pth").exists()
 
 
 def test_no_process_goes_on_before_a_checkpoint_is_written(tmp_path):
     assert on_processes(2, save_slowly, tmp_path, tmp_path) == [True, True]
+
+
+def test_deleting_a_checkpoint_does_not_start_the_log_again(half_run, capfd):
+    """Neither steps twice in the log, nor another network over the old one."""
+    (half_run / "checkpoint.pth").unlink()
+    kept = [half_run / name for name in ("log.jsonl", "backbone.pth", "views.png")]
+    before = [path.read_bytes() for path in kept]
+    assert "without its checkpoint.pth" in refused(f"{MOCO} --epochs 2 --out {half_run}", capfd)
+    assert before == [path.read_bytes() for path in kept]
+
+
+def test_what_is_frozen_is_passed_not_guessed_from_a_name(tmp_path):
+    """A fork's moving average called `teacher` is saved, and a frozen network of another name is not."""
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(2, 2) for name in ("student", "teacher", "guide")})
+    args = argparse.Namespace(out=str(tmp_path / "run"))
+    rest = torch.optim.SGD(model["student"].parameters()), torch.amp.GradScaler("cpu")
+    common.Run("fork", args).start_or_resume(model, *rest, frozen=model["guide"])
+    assert {name.partition(".")[0] for name in common.load_file(tmp_path / "run" / "checkpoint.pth")["model"]} == {
+        "student", "teacher"
+    }  # fmt: skip
+    mean, guide = model["teacher"].weight.clone(), torch.zeros(2, 2)
+    for layer in model.values():
+        torch.nn.init.zeros_(layer.weight)
+    common.Run("fork", args).start_or_resume(model, *rest, frozen=model["guide"])
+    assert torch.equal(model["teacher"].weight, mean) and torch.equal(model["guide"].weight, guide)
+
+
+def test_only_an_error_of_the_file_is_called_one(tmp_path):
+    """An error of CUDA that arises while a checkpoint is written keeps its traceback."""
+
+    def write(error):
+        def fail(file):
+            raise error
+
+        common.atomic_write(tmp_path / "x.pth", fail)
+
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        write(torch.AcceleratorError("CUDA error: device-side assert triggered"))
+    for error in (OSError(28, "No space left"), RuntimeError("PytorchStreamWriter failed writing file data/0")):
+        with pytest.raises(common.UserError, match=r"cannot write .*x.pth"):
+            write(error)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_signal_during_the_save_at_an_epochs_end_stops_before_the_next_evaluation(processes, tmp_path):
+    """Rank 0 gets it while it writes; no evaluation and no step follow."""
+    script = tmp_path / "signalled.py"
+    script.write_text(
+        "import os, signal, common, moco_v2\n"
+        "write = common.atomic_write\n"
+        "def signalled(path, function):\n"
+        "    write(path, function)\n"
+        "    if path.name == 'checkpoint.pth' and common.load_file(path)['step'] == 4:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "common.atomic_write = signalled\n"
+        "common.run_script(moco_v2.main)\n"
+    )
+    line = f"{script} {MOCO.partition(' ')[2]} --epochs 3 --knn-every 1 --out {tmp_path}/run"
+    done = run_script(line, processes, check=False)
+    assert done.returncode == 143 or processes == 2, done.stderr
+    assert "stopped by SIGTERM" in done.stderr and "Traceback" not in done.stderr.partition("elastic")[0]
+    assert [values["step"] for values in log_of(tmp_path / "run")] == [0, 4]  # k-NN at the start, losses
 
 
 # -------------------------------------------------------------------------------------------------- Numbers and images
@@ -384,7 +447,7 @@ def bare_run(tmp_path, monkeypatch):
         batch_size=4,
     )  # fmt: skip
     bare = common.Run("bare", args)
-    bare.resume(layer, torch.optim.SGD(layer.parameters(), 0.1), torch.amp.GradScaler("cpu"))
+    bare.start_or_resume(layer, torch.optim.SGD(layer.parameters(), 0.1), torch.amp.GradScaler("cpu"))
     start_epoch(bare)
     return bare, layer
 
@@ -392,8 +455,8 @@ def bare_run(tmp_path, monkeypatch):
 class Numbers:
     """A loader whose batches are their steps."""
 
-    def batches(self, step, stop):
-        yield from ((number, None) for number in range(step, stop))
+    def batches(self, steps):
+        yield from ((number, None) for number in steps)
 
 
 def start_epoch(bare):
@@ -405,16 +468,16 @@ def start_epoch(bare):
 def test_the_first_loss_that_is_not_finite_is_named(bare_run):
     bare, _ = bare_run
     for loss in [1.0, 2.0, float("inf"), 4.0]:
-        bare.track({"loss": torch.tensor(loss)}, 0.1)
+        bare.end_step({"loss": torch.tensor(loss)}, 0.1)
     with pytest.raises(common.UserError, match="a loss is not finite at step 3, epoch 0, learning rate"):
-        bare.track({"loss": torch.tensor(5.0)}, 0.1)
+        bare.end_step({"loss": torch.tensor(5.0)}, 0.1)
     assert common.load_file(bare.folder / "checkpoint.pth")["step"] == 0
     assert not log_of(bare.folder)
 
 
 def test_a_weight_that_is_not_finite_is_not_saved(bare_run):
     bare, layer = bare_run
-    bare.track({"loss": torch.tensor(1.0)}, 0.1)
+    bare.end_step({"loss": torch.tensor(1.0)}, 0.1)
     layer.weight.data[0, 0] = float("nan")
     with pytest.raises(common.UserError, match="a weight is not finite at step 1"):
         bare.save()
@@ -424,15 +487,61 @@ def test_a_weight_that_is_not_finite_is_not_saved(bare_run):
 def test_losses_between_two_lines_of_the_log_are_kept_with_the_checkpoint(bare_run):
     bare, _ = bare_run
     for step in range(1, 4):
-        bare.track({"loss": torch.tensor(float(step))}, 0.1)
+        bare.end_step({"loss": torch.tensor(float(step))}, 0.1)
     bare.save()
-    bare.track({"loss": torch.tensor(100.0)}, 0.1)
-    bare.resume(*bare.state)
+    bare.end_step({"loss": torch.tensor(100.0)}, 0.1)
+    bare.start_or_resume(*bare.state)
     assert bare.step == 3
     start_epoch(bare)
     for step in range(4, 6):
-        bare.track({"loss": torch.tensor(float(step))}, 0.1)
+        bare.end_step({"loss": torch.tensor(float(step))}, 0.1)
     assert [(line["step"], line["loss"]) for line in log_of(bare.folder)] == [(5, 3.0)]
+
+
+def test_no_process_waits_for_a_batch_that_is_lost(tmp_path, image_folder):
+    """A worker whose batch does not fit into /dev/shm, or that is killed, ends the run with one line."""
+    script = tmp_path / "lost.py"
+    script.write_text(
+        "import os, sys, common, moco_v2\n"
+        "class Lost:\n"
+        "    def __reduce__(self):\n"
+        "        raise OSError(28, 'No space left on device')\n"
+        "load = common.load_batch\n"
+        "def lost(*args):\n"
+        "    if os.environ['LOSE'] == 'kill':\n"
+        "        os.kill(os.getpid(), 9)\n"
+        "    return Lost(), *load(*args)[1:]\n"
+        "common.load_batch = lost\n"
+        "common.run_script(moco_v2.main)\n"
+    )
+    line = (
+        f"{script} --data {image_folder} --arch resnet8 --image-size 16 --batch-size 8 --queue-size 8 --workers 1 --out"
+    )
+    for how in ("send", "kill"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("LOSE", how)
+            done = run_script(f"{line} {tmp_path}/{how}", check=False)
+        (message,) = error_lines(done.stderr)
+        assert done.returncode == 2 and all(word in message for word in ("/dev/shm", "--workers")), message
+
+
+def test_workers_that_need_more_than_dev_shm_has_are_refused(monkeypatch, image_folder, capfd):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: argparse.Namespace(free=2**20))
+    line = f"moco_v2.py --data {image_folder} --arch resnet8 --batch-size 8 --queue-size 8 --workers 2 --out none"
+    message = refused(line, capfd)
+    assert all(word in message for word in ("--workers 2", "/dev/shm", "1.0 MiB", "--shm-size")), message
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_view_may_hold_any_function(workers, image_folder):
+    """Also one that cannot be sent to a worker."""
+    dataset, factor = common.FolderDataset(image_folder / "train"), 0.5
+    view = common.View(16, augment=lambda images, rng: images * factor)
+    loader = common.Loader(dataset, [view], 8, 0, workers, torch.device("cpu"))
+    plain = common.Loader(dataset, [common.View(16)], 8, 0, 0, torch.device("cpu"))
+    (((ours,), _), *_), (((whole,), _), *_) = (list(x.batches(range(2))) for x in (loader, plain))
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in common.IMAGENET_MEAN_STD)
+    torch.testing.assert_close(ours * std + mean, (whole * std + mean) / 2)
 
 
 BAD = {"train/ant/0.jpg", "train/bee/1.JPEG", "train/bee/6.png", "val/ant/2.jpg"}
@@ -471,12 +580,46 @@ def test_evaluation_leaves_unreadable_images_out(broken_folder):
     assert torch.equal(labels[kept], val.labels[kept])
 
 
+def test_a_set_of_which_no_image_can_be_read_is_one_line(tmp_path, image_folder, teacher_file, capfd):
+    shutil.copytree(image_folder / "train", tmp_path / "images" / "train")
+    for name in ("ant", "bee"):
+        (tmp_path / "images" / "val" / name).mkdir(parents=True)
+        (tmp_path / "images" / "val" / name / "0.jpg").write_bytes(b"no image")
+    line = f"--data {tmp_path}/images --image-size 16 --batch-size 8 --workers 0 --epochs 1 --out {tmp_path}/run"
+    message = refused(f"linear_eval.py {line} --weights {teacher_file}", capfd)
+    assert "none of 2 images can be read" in message and "val/ant/0.jpg" in message
+
+
+def test_one_image_for_each_process_is_too_few_for_batchnorm(tmp_path, capfd):
+    line = "moco_v2.py --data shapes:10 --image-size 32 --arch mobilenet_v3_small --batch-size 1 --queue-size 8"
+    assert "raise --batch-size" in refused(f"{line} --out {tmp_path}/run", capfd)
+
+
+@pytest.mark.parametrize("error", [
+    OSError(24, "Too many open files"), RuntimeError("unable to open shared memory object: Too many open files (24)"),
+    RuntimeError("received 0 items of ancdata"),
+])  # fmt: skip
+def test_too_few_file_descriptors_are_one_line(error, capfd):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        common.run_script(main)
+    assert stop.value.code == 2 and "ulimit -n" in capfd.readouterr().err
+
+
+def test_windows_is_told_what_is_supported():
+    line = "import sys; sys.modules['fcntl'] = None; import common"
+    done = subprocess.run([sys.executable, "-c", line], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode and done.stderr.count("\n") == 1 and "Linux and macOS" in done.stderr
+
+
 def test_a_signal_waits_for_the_step_and_stops_at_once_if_everything_is_saved(bare_run):
     bare, _ = bare_run
-    bare.track({"loss": torch.tensor(1.0)}, 0.1)
+    bare.end_step({"loss": torch.tensor(1.0)}, 0.1)
     os.kill(os.getpid(), signal.SIGTERM)
     with pytest.raises(common.Stopped, match="by SIGTERM"):
-        bare.track({"loss": torch.tensor(1.0)}, 0.1)
+        bare.end_step({"loss": torch.tensor(1.0)}, 0.1)
     assert common.load_file(bare.folder / "checkpoint.pth")["step"] == 2
     with pytest.raises(common.Stopped, match="by SIGUSR1"):  # as during an evaluation between epochs
         os.kill(os.getpid(), signal.SIGUSR1)

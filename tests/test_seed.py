@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import (
+    COLOR,
     GOLDEN,
     assert_close_state,
     assert_processes_agree,
@@ -155,10 +156,10 @@ class Seen(Exception):
 
 
 @pytest.mark.parametrize("crops, views", [
-    ("", [common.View(224)]),
-    ("--small-crops 6", [common.View(224, (0.14, 1.0))] + [common.View(96, (0.05, 0.14))] * 6),
-    ("--small-crops 1 --image-size 112", [common.View(112, (0.14, 1.0)), common.View(48, (0.05, 0.14))]),
-    ("--small-crops 1 --small-size 64", [common.View(224, (0.14, 1.0)), common.View(64, (0.05, 0.14))]),
+    ("", [(224, (0.2, 1.0))]),
+    ("--small-crops 6", [(224, (0.14, 1.0))] + [(96, (0.05, 0.14))] * 6),
+    ("--small-crops 1 --image-size 112", [(112, (0.14, 1.0)), (48, (0.05, 0.14))]),
+    ("--small-crops 1 --small-size 64", [(224, (0.14, 1.0)), (64, (0.05, 0.14))]),
 ])  # fmt: skip
 def test_the_command_line_reaches_the_method(crops, views, tmp_path, teacher_file, monkeypatch):
     handed = {}
@@ -180,4 +181,6 @@ def test_the_command_line_reaches_the_method(crops, views, tmp_path, teacher_fil
         seed.main()
     (student, teacher, *rest) = stop.value.args[0]
     assert student.head[0].out_features == 512 and student.dim == teacher.dim == 16
-    assert rest == [16, 40, 0.3, 0.05, bool(crops), "l2"] and handed["views"] == views
+    assert rest == [16, 40, 0.3, 0.05, bool(crops), "l2"] and handed["views"] == [
+        common.View(*view, 0.5, **COLOR) for view in views
+    ]

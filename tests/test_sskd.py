@@ -80,10 +80,10 @@ def test_padded_crops_are_torchvisions():
 def padded_and_rotated():
     """Two batches of four rotations each, as bytes, with every image's number as its label."""
     images = torch.randint(0, 256, (40, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    dataset = common.ArrayDataset(images, torch.arange(40), 40, torch.device("cpu"), ((0, 0, 0), (1, 1, 1)))
-    view = common.View(8, None, partial(sskd.rotate_and_crop, rotations=4, padding=2))
+    dataset = common.ArrayDataset(images, torch.arange(40), range(40), torch.device("cpu"), ((0, 0, 0), (1, 1, 1)))
+    view = common.View(8, flip=0.5, augment=partial(sskd.rotate_and_crop, rotations=4, padding=2))
     loader = common.Loader(dataset, [view], 12, 5, 0, torch.device("cpu"))
-    return images, [((255 * rows[0]).round().byte(), labels) for rows, labels in loader.batches(0, 2)]
+    return images, [((255 * rows[0]).round().byte(), labels) for rows, labels in loader.batches(range(2))]
 
 
 def test_rotations_share_the_flip_and_each_has_its_own_crop():
@@ -123,7 +123,7 @@ def train(model, parameters, loss_of, steps=3):
     optimizer = torch.optim.SGD(parameters, 0.1, momentum=0.9, weight_decay=5e-4, fused=True)
     history = []
     for step in range(steps):
-        images, labels = map(common.local_share, tiny_batch(step))
+        images, labels = map(common.own_rows, tiny_batch(step))
         losses = loss_of(sskd.rotate_and_crop(images, None, model.rotations, padding=0), labels)
         optimizer.zero_grad()
         losses["loss"].backward()
@@ -311,7 +311,7 @@ def test_few_labels_and_baselines_by_weights(tmp_path, labelled_file):
         run(f"{line} --out {tmp_path}/{name}")
         config = json.loads((tmp_path / name / "config.json").read_text())
         log = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
-        assert config["inputs"]["images"][0] == 20 and log[-1]["step"] == 1
+        assert config["inputs"]["data"][0].startswith("20 images") and log[-1]["step"] == 1
         assert ("kd" in log[-2]) == (name == "kd") and "ss" not in log[-2]
 
 
@@ -332,3 +332,26 @@ def test_torchvisions_labelled_weights_are_a_teacher(tmp_path, monkeypatch):
     assert encoder.backbone.image_size == 224
     with pytest.raises(common.UserError, match="1000 classes, --data has 10"):
         common.load_classifier("torchvision", "resnet18", num_classes=10)
+
+
+def test_a_teacher_of_another_class_order_is_named(tmp_path, capfd):
+    """Its accuracy is printed, and a warning where it is near chance: training would follow wrong answers in silence."""
+    from PIL import Image
+
+    for root, names in (("images", "abc"), ("renamed", "cab")):
+        for split in ("train", "val"):
+            for name, color in zip(names, ("red", "lime", "blue"), strict=True):
+                (tmp_path / root / split / name).mkdir(parents=True)
+                for i in range(8):
+                    Image.new("RGB", (20, 20 + i), color).save(tmp_path / root / split / name / f"{i}.bmp")
+    small = "--image-size 16 --batch-size 8 --workers 0"
+    teacher = f"--train-teacher resnet8 --lr 0.05 --epochs 6 --out {tmp_path}/teacher"
+    run(f"sskd.py --data {tmp_path}/images {small} {teacher}")
+    line = f"sskd.py {small} --teacher {tmp_path}/teacher/checkpoint.pth --student resnet8 --max-steps 1 --data"
+    printed = []
+    for root in ("images", "renamed"):
+        capfd.readouterr()
+        run(f"{line} {tmp_path}/{root} --out {tmp_path}/{root}_run")
+        printed.append(capfd.readouterr().err)
+    assert "top-1 accuracy 100.00 %" in printed[0] and "warning" not in printed[0]
+    assert "top-1 accuracy 0.00 %" in printed[1] and "class order" in printed[1] and "class 0 is a" in printed[1]
