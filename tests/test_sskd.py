@@ -335,7 +335,7 @@ def test_torchvisions_labelled_weights_are_a_teacher(tmp_path, monkeypatch):
 
 
 def test_a_teacher_of_another_class_order_is_named(tmp_path, capfd):
-    """Its accuracy is printed, and a warning where it is near chance: training would follow wrong answers in silence."""
+    """Its accuracy is printed, with a warning near chance: the student would learn wrong answers in silence."""
     from PIL import Image
 
     for root, names in (("images", "abc"), ("renamed", "cab")):
