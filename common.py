@@ -171,6 +171,12 @@ def sgd(params, lr, weight_decay):
     return optimizer
 
 
+def set_lr(optimizer, lr):
+    """Set the learning rate of all parameter groups."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
 def distribute(model):
     """The model, in DistributedDataParallel if there are several processes; each keeps its own BatchNorm statistics."""
     if world_size() == 1:

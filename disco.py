@@ -17,7 +17,6 @@ import math
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import common
 
@@ -26,11 +25,11 @@ import common
 
 def info_nce(query, key, queue, temperature):
     """InfoNCE (MoCo, equation 1), averaged, of unit rows: query, key (N, D), two views of N images; queue (K, D)."""
-    query = query / temperature
-    positive = (query * key).sum(dim=1)
+    query = query / temperature  # (N, D), before anything of size K is made
+    positive = (query * key).sum(dim=1, keepdim=True)
     negatives = query @ queue.T
-    # Cross-entropy with the positive as the right class, without copying (N, K) logits into (N, 1 + K) ones.
-    return (torch.logaddexp(positive, negatives.logsumexp(dim=1)) - positive).mean()
+    logits = torch.cat([positive, negatives], dim=1)  # (N, 1 + K), the right class is 0
+    return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device))
 
 
 def distill_loss(student, teacher):
@@ -46,22 +45,21 @@ class DisCo(nn.Module):
 
     student, teacher: images (N, 3, H, W) -> embeddings (N, dim). momentum: of the moving average, per step.
     teacher_bn: "running" normalises with the teacher's running statistics, "batch" with those of the batch, as the
-    released code does; neither changes the teacher. contrastive=False leaves out InfoNCE, mean student and queue, the
-    paper's row of distillation alone.
+    released code does; neither changes the teacher.
     """
 
     def __init__(self, student, teacher, dim=128, queue_size=65536, momentum=0.999, temperature=0.2,
-                 distill_weight=32.0, teacher_bn="running", contrastive=True):  # fmt: skip
+                 distill_weight=32.0, teacher_bn="running"):  # fmt: skip
         super().__init__()
         self.student = student
+        self.mean_student = copy.deepcopy(student).requires_grad_(False)
         self.teacher = teacher.requires_grad_(False)
-        self.temperature, self.distill_weight, self.teacher_bn = temperature, distill_weight, teacher_bn
-        self.contrastive = contrastive
-        if contrastive:
-            self.mean_student = copy.deepcopy(student).requires_grad_(False)
-            self.register_buffer("queue", F.normalize(torch.randn(queue_size, dim), dim=1))
-            self.register_buffer("queue_ptr", torch.zeros((), dtype=torch.long))
-            self.update_average = get_ema_multi_avg_fn(momentum)
+        self.momentum = momentum
+        self.temperature = temperature
+        self.distill_weight = distill_weight
+        self.teacher_bn = teacher_bn
+        self.register_buffer("queue", F.normalize(torch.randn(queue_size, dim), dim=1))
+        self.register_buffer("queue_ptr", torch.zeros((), dtype=torch.long))
         self.train()
 
     def train(self, mode=True):
@@ -80,14 +78,17 @@ class DisCo(nn.Module):
         with torch.no_grad():
             teacher1 = F.normalize(self.teacher(view1), dim=1)
             teacher2 = F.normalize(self.teacher(view2), dim=1)
-        distill = distill_loss(student1, teacher1) + distill_loss(student2, teacher2)
-        if not self.contrastive:
-            return {"loss": self.distill_weight * distill, "distill": distill}, None
 
-        with torch.no_grad():
-            # Of the parameters alone: BatchNorm statistics are not averaged
-            self.update_average(list(self.mean_student.parameters()), list(self.student.parameters()), None)
-            keys = common.gather_unshuffled(F.normalize(self.mean_student(common.shuffle(view2)), dim=1))
+            # Moving average, of the parameters alone: BatchNorm statistics are not averaged
+            for mean, now in zip(self.mean_student.parameters(), self.student.parameters(), strict=True):
+                mean.lerp_(now, 1 - self.momentum)
+
+            # Shuffled BatchNorm (MoCo, section 3.3)
+            shuffled = common.shuffle(view2)
+            keys = F.normalize(self.mean_student(shuffled), dim=1)
+            keys = common.gather_unshuffled(keys)
+
+        distill = distill_loss(student1, teacher1) + distill_loss(student2, teacher2)
         contrastive = info_nce(student1, common.own_rows(keys), self.queue, self.temperature)
         loss = contrastive + self.distill_weight * distill
         return {"loss": loss, "contrastive": contrastive, "distill": distill}, keys
@@ -95,11 +96,28 @@ class DisCo(nn.Module):
     @torch.no_grad()
     def enqueue(self, keys):
         """Replace the queue's oldest entries by keys (B, dim); after the backward pass, so that it needs no copy."""
-        if keys is None:
-            return
         places = (self.queue_ptr + torch.arange(len(keys), device=keys.device)) % len(self.queue)
         self.queue[places] = keys
         self.queue_ptr.add_(len(keys)).remainder_(len(self.queue))
+
+
+class DistillationAlone(DisCo):
+    """The paper's ablation: no InfoNCE, hence no mean student and no queue."""
+
+    def __init__(self, student, teacher, distill_weight=32.0, teacher_bn="running"):
+        super().__init__(student, teacher, queue_size=1, distill_weight=distill_weight, teacher_bn=teacher_bn)
+        del self.mean_student, self.queue, self.queue_ptr
+
+    def forward(self, view1, view2):
+        distill = 0
+        for view in (view1, view2):
+            with torch.no_grad():
+                teacher = F.normalize(self.teacher(view), dim=1)
+            distill += distill_loss(F.normalize(self.student(view), dim=1), teacher)
+        return {"loss": self.distill_weight * distill, "distill": distill}, None
+
+    def enqueue(self, keys):
+        pass
 
 
 def cosine_lr(lr, epoch, epochs):
@@ -126,8 +144,11 @@ def main():
     backbone = common.build_backbone(args.student, size, args.init)
     student = common.Encoder(backbone, common.mlp_head(backbone.feature_dim, args.hidden_dim, teacher.dim))
     student.amp = teacher.amp = common.AMP[args.amp]
-    model = DisCo(student, teacher, teacher.dim, args.queue_size, args.momentum, args.temperature,
-                  args.distill_weight, args.teacher_bn, not args.no_contrastive)  # fmt: skip
+    if args.no_contrastive:
+        model = DistillationAlone(student, teacher, args.distill_weight, args.teacher_bn)
+    else:
+        model = DisCo(student, teacher, teacher.dim, args.queue_size, args.momentum, args.temperature,
+                      args.distill_weight, args.teacher_bn)  # fmt: skip
     model.to(device, memory_format=torch.channels_last)
     optimizer = common.sgd(student.parameters(), args.lr, args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
@@ -140,8 +161,9 @@ def main():
     ddp_model = common.distribute(model)
     evaluate = common.knn_probe(student, args, size, device)
 
-    for epoch in run.epochs(args.epochs, len(loader), evaluate, args.knn_every):
-        lr = optimizer.param_groups[0]["lr"] = cosine_lr(args.lr, epoch, args.epochs)
+    for epoch in run.epochs(args.epochs, len(loader), evaluate, args.knn_every):  # from where it stopped
+        lr = cosine_lr(args.lr, epoch, args.epochs)
+        common.set_lr(optimizer, lr)
         for (view1, view2), _ in run.batches(loader):
             losses, keys = ddp_model(view1, view2)
             optimizer.zero_grad()
@@ -149,7 +171,7 @@ def main():
             scaler.step(optimizer)
             scaler.update()
             model.enqueue(keys)
-            run.end_step(losses, lr)
+            run.end_step(losses, lr)  # logs, saves when it is time, stops when a signal asks for it
     run.finish(backbone)
 
 

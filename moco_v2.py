@@ -19,7 +19,6 @@ import math
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import common
 
@@ -28,11 +27,11 @@ import common
 
 def info_nce(query, key, queue, temperature):
     """InfoNCE (MoCo, equation 1), averaged, of unit rows: query, key (N, D), two views of N images; queue (K, D)."""
-    query = query / temperature
-    positive = (query * key).sum(dim=1)
+    query = query / temperature  # (N, D), before anything of size K is made
+    positive = (query * key).sum(dim=1, keepdim=True)
     negatives = query @ queue.T
-    # Cross-entropy with the positive as the right class, without copying (N, K) logits into (N, 1 + K) ones.
-    return (torch.logaddexp(positive, negatives.logsumexp(dim=1)) - positive).mean()
+    logits = torch.cat([positive, negatives], dim=1)  # (N, 1 + K), the right class is 0
+    return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device))
 
 
 # --------------------------------------------------------------------------------------------------------------- Method
@@ -50,17 +49,21 @@ class MoCo(nn.Module):
         self.momentum_encoder = copy.deepcopy(encoder).requires_grad_(False)
         self.register_buffer("queue", F.normalize(torch.randn(queue_size, dim), dim=1))
         self.register_buffer("queue_ptr", torch.zeros((), dtype=torch.long))
-        self.update_average = get_ema_multi_avg_fn(momentum)
-        self.temperature = temperature
+        self.momentum, self.temperature = momentum, temperature
 
     def forward(self, view1, view2):
         """Losses of two views (N, 3, H, W) of the same images, and the keys (B, dim) of all processes to enqueue."""
         query = F.normalize(self.encoder(view1), dim=1)
         with torch.no_grad():
-            # Of the parameters alone: BatchNorm statistics are not averaged
-            self.update_average(list(self.momentum_encoder.parameters()), list(self.encoder.parameters()), None)
-            keys = common.gather_unshuffled(F.normalize(self.momentum_encoder(common.shuffle(view2)), dim=1))
-        return {"loss": info_nce(query, common.own_rows(keys), self.queue, self.temperature)}, keys
+            # Equation 2. Of the parameters alone: BatchNorm statistics are not averaged
+            for mean, now in zip(self.momentum_encoder.parameters(), self.encoder.parameters(), strict=True):
+                mean.lerp_(now, 1 - self.momentum)
+            # Shuffled BatchNorm (section 3.3)
+            shuffled = common.shuffle(view2)
+            keys = F.normalize(self.momentum_encoder(shuffled), dim=1)
+            keys = common.gather_unshuffled(keys)
+        loss = info_nce(query, common.own_rows(keys), self.queue, self.temperature)
+        return {"loss": loss}, keys
 
     @torch.no_grad()
     def enqueue(self, keys):
@@ -106,8 +109,9 @@ def main():
     ddp_model = common.distribute(model)
     evaluate = common.knn_probe(encoder, args, size, device)
 
-    for epoch in run.epochs(args.epochs, len(loader), evaluate, args.knn_every):
-        lr = optimizer.param_groups[0]["lr"] = cosine_lr(args.lr, epoch, args.epochs)
+    for epoch in run.epochs(args.epochs, len(loader), evaluate, args.knn_every):  # from where it stopped
+        lr = cosine_lr(args.lr, epoch, args.epochs)
+        common.set_lr(optimizer, lr)
         for (view1, view2), _ in run.batches(loader):
             losses, keys = ddp_model(view1, view2)
             optimizer.zero_grad()
@@ -115,7 +119,7 @@ def main():
             scaler.step(optimizer)
             scaler.update()
             model.enqueue(keys)
-            run.end_step(losses, lr)
+            run.end_step(losses, lr)  # logs, saves when it is time, stops when a signal asks for it
     run.finish(backbone)
 
 

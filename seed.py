@@ -158,9 +158,9 @@ def main():
     ddp_model = common.distribute(model)
     evaluate = common.knn_probe(student, args, size, device)
 
-    for epoch in run.epochs(args.epochs, len(loader), evaluate, args.knn_every):
+    for epoch in run.epochs(args.epochs, len(loader), evaluate, args.knn_every):  # from where it stopped
         lr = warmup_cosine_lr(args.lr, args.batch_size, epoch, args.epochs, args.warmup_epochs)
-        optimizer.param_groups[0]["lr"] = lr
+        common.set_lr(optimizer, lr)
         for (view, *small), _ in run.batches(loader):
             losses, keys = ddp_model(view, torch.stack(small, dim=1) if small else None)
             optimizer.zero_grad()
@@ -168,7 +168,7 @@ def main():
             scaler.step(optimizer)
             scaler.update()
             model.enqueue(keys)
-            run.end_step(losses, lr)
+            run.end_step(losses, lr)  # logs, saves when it is time, stops when a signal asks for it
     run.finish(backbone)
 
 

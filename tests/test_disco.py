@@ -14,23 +14,24 @@ from conftest import (
     run_script,
 )
 
-from disco import DisCo, distill_loss
+from disco import DisCo, DistillationAlone, distill_loss
 
 
-def golden_model(vectors, **options):
+def golden_networks(vectors):
+    return golden_encoder(vectors, "init_student"), golden_encoder(vectors, "init_teacher")
+
+
+def golden_model(vectors):
     model = DisCo(
-        golden_encoder(vectors, "init_student"),
-        golden_encoder(vectors, "init_teacher"),
+        *golden_networks(vectors),
         dim=int(vectors["meta_dim"]),
         queue_size=int(vectors["meta_queue_size"]),
         momentum=float(vectors["meta_momentum"]),
         temperature=float(vectors["meta_temperature"]),
         distill_weight=float(vectors["meta_batch"]),  # the released code sums over the batch
         teacher_bn={"train": "batch", "eval": "running"}[str(vectors["meta_teacher_bn"])],
-        **options,
     )
-    if model.contrastive:
-        model.queue.copy_(torch.from_numpy(vectors["init_queue"]))
+    model.queue.copy_(torch.from_numpy(vectors["init_queue"]))
     return model
 
 
@@ -78,7 +79,7 @@ def test_distill_loss_is_averaged_over_images():
 
 def test_distillation_alone_has_no_queue_and_no_mean_student():
     vectors = dict(np.load(GOLDEN / "disco_teacher_bn_running.npz"))
-    model = golden_model(vectors, contrastive=False)
+    model = DistillationAlone(*golden_networks(vectors), float(vectors["meta_batch"]))
     assert {name.partition(".")[0] for name in model.state_dict()} == {"student", "teacher"}
     first = golden_training(model, model.student, vectors, 3)[0]
     released = vectors["distill_loss_view1_sum"][0] + vectors["distill_loss_view2_sum"][0]
