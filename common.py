@@ -856,7 +856,7 @@ def load_batch(dataset, indices, views, random_params, seeds=None):
         return crops, dataset.labels[indices], {}
     n, unreadable = len(indices), {}
     crops = [torch.zeros(n, 3, view.size, view.size, dtype=torch.uint8) for view in views]
-    labels = torch.full((n,), -1)
+    labels, given = torch.full((n,), -1), getattr(dataset, "labels", None)
     for row, index in enumerate(indices):
         for attempt in range(10 if seeds else 1):
             if attempt:
@@ -866,7 +866,7 @@ def load_batch(dataset, indices, views, random_params, seeds=None):
                 image, label = dataset[int(index)]
                 for rows, view, params in zip(crops, views, random_params, strict=True):
                     rows[row] = view.crop(to_rgb(image), params[row : row + 1])
-                labels[row] = int(label)
+                labels[row] = int(label if given is None else given[index])
                 break
             except Exception as error:  # decoders raise many types for broken files
                 unreadable[name] = str(error).partition("\n")[0] or type(error).__name__

@@ -228,15 +228,9 @@ def main():
     if model.rotations > 1:
         groups[0]["params"] += model.student_head.parameters()
     if head_epochs:
-        groups += [{"params": list(model.teacher_head.parameters())}]
+        groups.append({"params": list(model.teacher_head.parameters())})
     optimizer = common.sgd(groups, args.lr, args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-
-    def step(loss):
-        optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
 
     def top1(network):
         """Top-1 accuracy in percent; every image counts once, on any number of processes."""
@@ -247,37 +241,60 @@ def main():
     run = common.Run("sskd", args, train, val, arch=args.student, image_size=size)
     run.start_or_resume(model, optimizer, scaler, frozen=model.teacher)  # not saved
     if model.teacher and run.step == 0:
-        run.log({"teacher_top1": (accuracy := top1(teacher))})
-        chance = 100 / len(train.classes)
-        common.say(f"{args.teacher}: top-1 accuracy {accuracy:.2f} % on the validation images")
-        if accuracy < chance + min(chance, (100 - chance) / 2):
-            common.say(f"warning: the teacher is hardly better than chance ({chance:.2f} %), perhaps because its class "
-                       f"order is not that of --data, where class 0 is {train.classes[0]}")  # fmt: skip
-
-    # The head of the frozen teacher learns the contrastive task
-    if head_epochs:
-        ddp_model = common.distribute(model.teacher_head)
-        for epoch in run.epochs(head_epochs, len(loader)):
-            lr = optimizer.param_groups[1]["lr"] = step_lr(args.head_lr, epoch, head_epochs, args.head_milestones)
-            for (images,), _ in run.batches(loader):
-                embedding = ddp_model(teacher.features(images))
-                loss = ss_head_loss(gather_with_gradient(embedding))
-                step(loss)
-                run.end_step({"loss": loss}, lr)
-
-    # The student learns from labels, teacher and head
-    if model.rotations > 1:
-        model.teacher_head.requires_grad_(False)
-    ddp_model = common.distribute(model)
-    for epoch in run.epochs(head_epochs + args.epochs, len(loader), lambda: {"top1": top1(student)}):
-        lr = optimizer.param_groups[0]["lr"] = step_lr(args.lr, epoch - head_epochs, args.epochs, args.milestones)
-        for (images,), labels in run.batches(loader):
-            losses = ddp_model(images, labels)
-            step(losses["loss"])
-            run.end_step(losses, lr)
+        report_teacher(run, top1(teacher), train.classes)
+    train_teacher_head(run, model, loader, optimizer, scaler, head_epochs)
+    train_student(run, model, loader, optimizer, scaler, head_epochs, lambda: {"top1": top1(student)})
     run.finish(student.plain())
     if common.rank() == 0:
         print(f"{args.student}: top-1 accuracy {run.metrics['top1']:.2f} % on the validation images")
+
+
+def report_teacher(run, top1, classes):
+    """Log and print a teacher's accuracy in percent; warn if it is so low that the classes must be others."""
+    run.log({"teacher_top1": top1})
+    common.say(f"{run.args.teacher}: top-1 accuracy {top1:.2f} % on the validation images")
+    chance = 100 / len(classes)
+    if top1 < chance + min(chance, (100 - chance) / 2):
+        common.say(f"warning: the teacher is hardly better than chance ({chance:.2f} %), perhaps because its class "
+                   f"order is not that of --data, where class 0 is {classes[0]}")  # fmt: skip
+
+
+def train_teacher_head(run, model, loader, optimizer, scaler, epochs):
+    """Train the self-supervision head of the frozen teacher on the contrastive task, for the run's first epochs."""
+    if not epochs:
+        return
+    ddp_model = common.distribute(model.teacher_head)
+    for epoch in run.epochs(epochs, len(loader)):
+        lr = step_lr(run.args.head_lr, epoch, epochs, run.args.head_milestones)
+        optimizer.param_groups[1]["lr"] = lr
+        for (images,), _ in run.batches(loader):
+            embedding = ddp_model(model.teacher.features(images))
+            loss = ss_head_loss(gather_with_gradient(embedding))
+            take_step(loss, optimizer, scaler)
+            run.end_step({"loss": loss}, lr)
+
+
+def train_student(run, model, loader, optimizer, scaler, head_epochs, evaluate):
+    """Train the student on labels, the teacher's predictions and its head's answers, after the head's epochs."""
+    args = run.args
+    if model.rotations > 1:
+        model.teacher_head.requires_grad_(False)
+    ddp_model = common.distribute(model)
+    for epoch in run.epochs(head_epochs + args.epochs, len(loader), evaluate):
+        lr = step_lr(args.lr, epoch - head_epochs, args.epochs, args.milestones)
+        optimizer.param_groups[0]["lr"] = lr
+        for (images,), labels in run.batches(loader):
+            losses = ddp_model(images, labels)
+            take_step(losses["loss"], optimizer, scaler)
+            run.end_step(losses, lr)
+
+
+def take_step(loss, optimizer, scaler):
+    """Backward pass and the optimiser's step."""
+    optimizer.zero_grad()
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
 
 
 # Defaults for the small sets and for folders. Milestones are parts of all epochs.
