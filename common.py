@@ -118,8 +118,8 @@ def run_script(main):
 
 
 KNOWN_ERRORS = {  # a pattern of a library's message: the cause and the way out
-    r"DataLoader (worker|timed out)": "a loading process is lost: memory, /dev/shm or open files (ulimit -n) ran out: "
-    "lower --workers or --batch-size",
+    r"DataLoader worker \(pid|DataLoader timed out": "a loading process is lost, as memory, /dev/shm or open files "
+    "(ulimit -n) ran out: lower --workers or --batch-size",
     r"Too many open files|items of ancdata": "too many open files: raise `ulimit -n`, or lower --workers",
     r"Expected more than 1 value per channel": "BatchNorm needs more than one image per process: raise --batch-size",
 }
@@ -462,9 +462,16 @@ def in_memory(dataset):
 
 
 def labels_of(dataset):
-    """Labels of all images, (N,); a data set without `labels` or `targets` is read once for them."""
+    """Labels of all images, (N,); a data set without `labels` or `targets` is read once for them, -1 if unreadable."""
+
+    def read(index):
+        try:
+            return int(dataset[index][1])
+        except Exception:  # as many types as there are ways to be unreadable
+            return -1
+
     labels = getattr(dataset, "labels", getattr(dataset, "targets", None))
-    return torch.as_tensor([dataset[i][1] for i in range(len(dataset))] if labels is None else labels)
+    return torch.as_tensor([read(index) for index in range(len(dataset))] if labels is None else labels)
 
 
 def subsample_per_class(dataset, fraction, seed):
@@ -501,10 +508,11 @@ def describe_content(dataset):
         if isinstance(getattr(dataset, name, None), torch.Tensor):
             digest.update(getattr(dataset, name).cpu().contiguous().numpy())
     if not in_memory(dataset):
-        most = 1000 if hasattr(dataset, "path") else 100
+        files = isinstance(dataset, FolderDataset)
+        most = 1000 if files else 100
         for index in np.linspace(0, len(dataset) - 1, min(most, len(dataset))).astype(int).tolist():
             try:
-                if hasattr(dataset, "path"):
+                if files:
                     with open(dataset.path(index), "rb") as file:
                         digest.update(b"%d" % os.fstat(file.fileno()).st_size + file.read(2**16))
                 else:
@@ -861,7 +869,7 @@ def load_batch(dataset, indices, views, random_params, seeds=None):
         for attempt in range(10 if seeds else 1):
             if attempt:
                 index = np.random.default_rng([*seeds, index, attempt]).integers(len(dataset))
-            name = dataset.path(index) if hasattr(dataset, "path") else f"number {index}"
+            name = dataset.path(index) if isinstance(dataset, FolderDataset) else f"number {index}"
             try:
                 image, label = dataset[int(index)]
                 for rows, view, params in zip(crops, views, random_params, strict=True):

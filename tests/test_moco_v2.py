@@ -12,6 +12,7 @@ from conftest import (
     assert_processes_agree,
     golden_encoder,
     golden_training,
+    on_processes,
     run_script,
 )
 
@@ -83,6 +84,22 @@ def share_of_training(training):
 
 def test_two_processes(tmp_path):
     assert_processes_agree(share_of_training, tmp_path)
+
+
+def images_for_the_keys():
+    """What the key encoder sees of the golden batch's second views on this process."""
+    vectors = dict(np.load(GOLDEN / "moco_v2.npz"))
+    model, seen = golden_model(vectors), []
+    model.momentum_encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    model(*(common.own_rows(torch.from_numpy(view)) for view in vectors["images"][0]))
+    return seen
+
+
+def test_batchnorm_of_the_keys_is_shuffled(tmp_path):
+    """Each process's batch statistics are those of images from all processes."""
+    views = torch.from_numpy(np.load(GOLDEN / "moco_v2.npz")["images"][0])
+    for rank, seen in enumerate(on_processes(2, images_for_the_keys, tmp_path)):
+        assert len(seen) == 1 and torch.equal(seen[0], views[1][rank::2])
 
 
 def test_script_from_end_to_end(tmp_path):

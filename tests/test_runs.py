@@ -608,6 +608,17 @@ def test_too_few_file_descriptors_are_one_line(error, capfd):
     assert stop.value.code == 2 and "ulimit -n" in capfd.readouterr().err
 
 
+def test_an_error_in_a_worker_keeps_its_traceback(capfd):
+    """It is a mistake in the code of a data set or a view, and not a lost process."""
+
+    def main():
+        raise RuntimeError("Caught TypeError in DataLoader worker process 0.\nOriginal Traceback: line 7")
+
+    with pytest.raises(SystemExit) as stop:
+        common.run_script(main)
+    assert stop.value.code == 1 and "line 7" in capfd.readouterr().err
+
+
 def test_windows_is_told_what_is_supported():
     line = "import sys; sys.modules['fcntl'] = None; import common"
     done = subprocess.run([sys.executable, "-c", line], cwd=ROOT, capture_output=True, text=True)
