@@ -1,8 +1,8 @@
-"""Collect the results of runs, print them as tables, draw the README's pictures.
+"""Collect the results of runs, print them as tables, draw the pictures of README.md and docs/methods.md.
 
     python docs/figures.py collect runs/quickstart  # writes docs/results/quickstart.json
     python docs/figures.py tables --write           # updates the tables in README.md and docs/*.md
-    python docs/figures.py                          # draws docs/accuracy.png and docs/neighbors.png
+    python docs/figures.py                          # draws docs/*.png
 
 An experiment is a folder with a folder for each seed, NAME/SEED/. It holds a run folder for each network, and what
 linear_eval.py wrote about them in NAME/SEED/eval. A second evaluation, NAME/SEED/eval_1percent, gives the columns
@@ -15,6 +15,7 @@ import json
 import math
 import re
 from pathlib import Path
+from statistics import fmean
 
 DOCS = Path(__file__).parent
 
@@ -90,11 +91,31 @@ TABLES = {
     "transfer_few": ("sskd", ["20-NN", "linear", "linear minus kd_few"], {
         "teacher": "teacher, ResNet-20", "ce_few": "CE", "kd_few": "KD", "sskd_few": "SSKD",
     }),
+    "exercise_weight": ("exercises", ["contrastive", "distill", "20-NN", "linear"], {
+        "teacher": "teacher, ResNet-8", "disco": "DisCo, w = 4", "disco_w0": "w = 0", "moco_v2": "MoCo v2 alone",
+    }),
+    "exercise_shuffle": ("exercises", ["final loss", "20-NN", "20-NN minus moco_v2_shuffled", "linear",
+                                       "linear minus moco_v2_shuffled"], {
+        "moco_v2_shuffled": "shuffled", "moco_v2_unshuffled": "not shuffled",
+    }),
+    "exercise_head": ("exercises", ["distill", "20-NN", "20-NN minus disco", "linear", "linear minus disco"], {
+        "disco": "hidden layer of 2048", "disco_hidden64": "64", "disco_hidden8": "8",
+    }),
+    "exercise_temperature": ("exercises", ["final loss", "20-NN", "20-NN minus seed", "linear", "linear minus seed"], {
+        "seed": "T = 0.01", "seed_t0.0001": "T = 0.0001", "seed_contrastive": "`--objective contrastive`",
+    }),
+    "exercise_labels": ("exercises", ["top1", "top1 minus kd"], {
+        "sskd_teacher": "teacher, ResNet-20, right labels", "ce": "CE", "kd": "KD", "sskd": "SSKD",
+    }),
 }  # fmt: skip
-HEADERS = {"training lr": "learning rate", "at lr": "best rate", "top1": "top-1"}
+LOSSES = {"final loss": "loss", "contrastive": "InfoNCE", "distill": "distilling loss"}  # means over the last log line
+HEADERS = {"training lr": "learning rate", "at lr": "best rate", "top1": "top-1", **LOSSES}
 SETTINGS = ("parameters", "epochs", "training lr", "at lr")
-# Figures in sentences, over all seeds: (min or max, table, rows, columns), rounded down or up to a whole number
+# Figures in sentences, as whole numbers: min (rounded down), max (rounded up) or mean of rows and columns of a table
 VALUES = {
+    "alone": (fmean, "quickstart", ["moco_v2"], ["20-NN"]),
+    "distilled": (fmean, "quickstart", ["disco"], ["20-NN"]),
+    "teacher": (fmean, "quickstart", ["teacher"], ["20-NN"]),
     "quickstart": (min, "quickstart", ["disco", "seed"], GAP),
     "quickstart_again": (min, "quickstart_again", ["disco", "seed"], GAP),
     "quickstart_avx2": (min, "quickstart_avx2", ["disco", "seed"], GAP),
@@ -106,7 +127,9 @@ VALUES = {
 # The pictures show the quick start: colour and style of its curves, and the networks whose neighbours are shown
 CURVES = {"teacher": ("black", "-"), "disco": ("#0072b2", "-"), "seed": ("#d55e00", "-"), "moco_v2": ("#777777", "--")}
 NEIGHBORS = ("moco_v2", "disco")
-PICTURES = {"accuracy.png": ["quickstart.json"], "neighbors.png": [f"neighbors_{name}.png" for name in NEIGHBORS]}
+PICTURES = {"accuracy.png": ["quickstart.json"], "neighbors.png": [f"neighbors_{name}.png" for name in NEIGHBORS],
+            "methods.png": [], "curves.png": ["quickstart.json", "exercises.json"]}  # fmt: skip
+SSKD_CURVES = {"ce": ("CE", "#777777", "--"), "kd": ("KD", "#e69f00", "-"), "sskd": ("SSKD", "#009e73", "-")}
 
 # ---------------------------------------------------------------------------------------------------------- Collecting
 
@@ -144,7 +167,7 @@ def collect(folder):
 
 
 def read_seed(folder):
-    """Results of one seed: {row: {column: value}}, curves {row: {epoch: 20-NN}}, PyTorch's versions {version}.
+    """Results of one seed: {row: {column: value}}, curves {row: {epoch: accuracy}}, PyTorch's versions {version}.
 
     Raises Unfinished.
     """
@@ -158,8 +181,12 @@ def read_seed(folder):
             raise Unfinished(f"{run.name} has no backbone.pth yet")
         row = rows[run.name] = {"epochs": config["arguments"]["epochs"], "training lr": config["arguments"]["lr"]}
         for line in map(json.loads, (run / "log.jsonl").read_text().splitlines()):
-            if "knn" in line:
-                curves.setdefault(run.name, {})[line["epoch"]] = round(line["knn"], 2)
+            accuracy = line.get("knn", line.get("top1"))
+            if accuracy is not None:
+                curves.setdefault(run.name, {})[line["epoch"]] = round(accuracy, 2)
+            if "loss" in line and line["epoch"] >= row["epochs"] - 1:
+                losses = {"final loss": line["loss"], **{key: line[key] for key in LOSSES if key in line}}
+                row |= {key: round(value, 4) for key, value in losses.items()}
             row |= {key: round(line[key], 2) for key in ("top1", "teacher_top1") if key in line}
     evals = sorted(path.parent for path in folder.glob("eval*/config.json"))
     for path in evals:
@@ -224,7 +251,7 @@ def cell_values(data, row, column):
     names = [row, other] if other else [row]
     if column.startswith("gap "):
         names = [row, "moco_v2", "teacher"] if row.startswith(("disco", "seed")) else []
-    if row == other or not names:
+    if row == other or not names or (key in LOSSES and key not in data["rows"].get(row, {})):
         return []
     for name in names:
         if key not in data["rows"].get(name, {}):
@@ -240,7 +267,8 @@ def cell(column, values):
     if column in SETTINGS or not values:
         return ", ".join(f"{value:,}".removesuffix(".0") for value in sorted(set(values)))
     sign = "+" if " minus " in column else ""
-    mean, low, high = (f"{value:{sign}.1f}" for value in (sum(values) / len(values), min(values), max(values)))
+    digits = 3 if column in LOSSES else 1
+    mean, low, high = (f"{value:{sign}.{digits}f}" for value in (sum(values) / len(values), min(values), max(values)))
     return mean if len(values) == 1 else f"{mean} ({low} to {high})"
 
 
@@ -273,7 +301,7 @@ def value_text(name):
     if not data:
         return "?"
     value = pick(value for row in rows for column in columns for value in cell_values(data, row, column))
-    return str(math.floor(value) if pick is min else math.ceil(value))
+    return str({min: math.floor, max: math.ceil, fmean: round}[pick](value))
 
 
 def fill(text):
@@ -301,7 +329,7 @@ def digest(paths):
 
 
 def draw():
-    """Write accuracy.png and neighbors.png, each with the digest of its sources in its metadata."""
+    """Write the pictures, each with the digest of its sources in its metadata."""
     from matplotlib.figure import Figure
     from matplotlib.image import imread
 
@@ -313,13 +341,8 @@ def draw():
     axes = figure.subplots()
     curves = {name: load("quickstart")["curves"][name] for name in CURVES}
     for name in sorted(CURVES, key=lambda name: max(map(max, curves[name].values())), reverse=True):
-        epochs, seeds = [int(epoch) for epoch in curves[name]], list(curves[name].values())
-        color, style = CURVES[name]
-        axes.plot(epochs, [sum(row) / len(row) for row in seeds], style, color=color, label=METHODS[name], linewidth=2)
-        axes.fill_between(epochs, list(map(min, seeds)), list(map(max, seeds)), color=color, alpha=0.2, linewidth=0)
+        draw_curve(axes, curves[name], METHODS[name], *CURVES[name])
     axes.set(xlabel="epochs of training", ylabel="20-NN accuracy in %", ylim=(0, 100), xlim=(0, None))
-    axes.grid(color="#dddddd")
-    axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right center", frameon=False)
     save(figure, "accuracy.png", dpi=150)
 
@@ -330,6 +353,128 @@ def draw():
         axes.set_title(METHODS[name], size=12)
         axes.set_axis_off()
     save(figure, "neighbors.png", dpi=100)
+    save(draw_methods(), "methods.png", dpi=200)
+
+    figure = Figure(figsize=(9.4, 2.8), layout="constrained")
+    panels = figure.subplots(1, 4, sharey=True)
+    labels = {**METHODS, "teacher": "ResNet-8"}
+    for axes, title, name in zip(panels, ("MoCo v2", "DisCo", "SEED"), ("teacher", "disco", "seed"), strict=False):
+        draw_curve(axes, curves[name], labels[name], *CURVES[name])
+        draw_curve(axes, curves["moco_v2"], "MobileNetV3" if axes is panels[0] else "MoCo v2 alone", *CURVES["moco_v2"])
+        axes.set(title=title, xlabel="epochs", xlim=(0, None))
+    for name, look in SSKD_CURVES.items():
+        draw_curve(panels[3], load("exercises")["curves"][name], *look)
+    panels[3].set(title="SSKD", xlabel="epochs", ylim=(0, 102), xlim=(0, None))
+    panels[0].set_ylabel("20-NN; SSKD: top-1, in %")
+    for axes in panels:
+        axes.legend(loc="lower right", frameon=False, fontsize=8)
+    save(figure, "curves.png", dpi=150)
+
+
+def draw_curve(axes, curve, label, color, style):
+    """Mean over the seeds and the range of a curve {epoch: accuracies}, from its first epoch."""
+    seeds = list(curve.values())
+    epochs = [int(epoch) - int(next(iter(curve))) for epoch in curve]
+    axes.plot(epochs, [sum(row) / len(row) for row in seeds], style, color=color, label=label, linewidth=2)
+    axes.fill_between(epochs, list(map(min, seeds)), list(map(max, seeds)), color=color, alpha=0.2, linewidth=0)
+    axes.grid(color="#dddddd")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw_methods():
+    """A picture of the four methods side by side: networks, what is compared, where gradients flow."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import FancyBboxPatch
+
+    looks = {  # of a box: fill, edge, text
+        "trained": ("#0072b2", "#0072b2", "white"), "average": ("#bfe0f5", "#0072b2", "black"),
+        "frozen": ("#d9d9d9", "#777777", "black"), "loss": ("#fff4cc", "#e69f00", "black"),
+        "queue": ("white", "#777777", "black"), "input": ("none", "none", "black"),
+    }  # fmt: skip
+    figure = Figure(figsize=(9.4, 4.3))
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, 940), ylim=(0, 430))
+    axes.set_axis_off()
+
+    def box(x, y, text, look, width=80, height=36):
+        fill, edge, color = looks[look]
+        corner = (x - width / 2 + 4, y - height / 2 + 4)
+        style = FancyBboxPatch(corner, width - 8, height - 8, "round,pad=4", facecolor=fill, edgecolor=edge, zorder=2)
+        axes.add_patch(style)
+        axes.text(x, y, text, color=color, size=9, ha="center", va="center", zorder=3)
+
+    def arrow(start, end, gradient=False):
+        style = {"arrowstyle": "-|>", "shrinkA": 0, "shrinkB": 0, "color": "black",
+                 "linestyle": "-" if gradient else (0, (3, 2)), "linewidth": 1.6 if gradient else 1.1}  # fmt: skip
+        axes.annotate("", end, start, arrowprops=style, zorder=1)
+
+    def title(x, name, subject):
+        axes.text(x, 416, name, size=12, weight="bold", ha="center", va="center")
+        axes.text(x, 396, subject, size=9, ha="center", va="center")
+
+    def network(x, text, look, views):
+        box(x, 362, views, "input", height=20)
+        arrow((x, 352), (x, 318))
+        box(x, 300, text, look)
+
+    def queue(x, entries):
+        """A queue below a network: its output enters, and the loss reads it."""
+        for shift in (6, 3, 0):
+            box(x + shift, 215 - shift, f"queue of\n{entries}" if shift == 0 else "", "queue", width=80)
+        arrow((x, 282), (x, 233))
+        arrow((x, 194), (x, 148))
+
+    title(108, "MoCo v2", "images against each other")
+    network(62, "momentum\nencoder", "average", "view 2")
+    network(166, "encoder", "trained", "view 1")
+    arrow((126, 300), (102, 300))
+    queue(72, "keys")
+    arrow((24, 282), (24, 148))
+    arrow((166, 282), (166, 148), gradient=True)
+    box(109, 130, "InfoNCE: which key\nis of the same image?", "loss", width=194)
+
+    title(352, "DisCo", "MoCo v2 and the teacher's embeddings")
+    network(266, "mean\nstudent", "average", "view 2")
+    network(370, "student", "trained", "views 1, 2")
+    network(460, "teacher", "frozen", "views 1, 2")
+    arrow((330, 300), (306, 300))
+    queue(276, "keys")
+    arrow((228, 282), (228, 148))
+    arrow((350, 282), (350, 148), gradient=True)
+    arrow((388, 282), (388, 83), gradient=True)
+    arrow((460, 282), (460, 83))
+    box(296, 130, "InfoNCE:\nview 1, keys of view 2", "loss", width=164)
+    box(424, 65, "squared distance,\nview by view", "loss", width=152)
+
+    title(610, "SEED", "similarities to a queue")
+    network(558, "student", "trained", "one view")
+    network(656, "teacher", "frozen", "one view")
+    queue(664, "embeddings")
+    arrow((620, 282), (620, 148))
+    arrow((558, 282), (558, 148), gradient=True)
+    box(610, 130, "cross-entropy of similarities\nto teacher's and queue's", "loss", width=194)
+
+    title(832, "SSKD", "labels, rotated images")
+    network(772, "student", "trained", "4 rotations")
+    network(892, "teacher", "frozen", "4 rotations")
+    for x, look, gradient in ((792, "trained", True), (872, "frozen", False)):
+        box(x, 215, "head", look, width=62)
+        arrow((x, 282), (x, 233), gradient)
+        arrow((x, 197), (x, 148), gradient)
+    arrow((742, 282), (742, 83), gradient=True)
+    arrow((922, 282), (922, 83))
+    box(832, 130, "KL of similarities:\nrotated to upright", "loss", width=142)
+    box(832, 65, "cross-entropy with labels,\nKL of logits", "loss", width=204)
+
+    for x in (209, 502, 717):
+        axes.axvline(x, 0.1, 0.99, color="#dddddd", linewidth=1)
+    for x, look, text in ((20, "trained", "trained"), (110, "average", "moving average of the trained one"),
+                          (362, "frozen", "frozen"), (445, "loss", "what is compared")):  # fmt: skip
+        box(x, 18, "", look, width=22, height=16)
+        axes.text(x + 16, 18, text, size=9, va="center")
+    for x, gradient, text in ((600, True, "with gradient"), (750, False, "without gradient")):
+        arrow((x, 18), (x + 40, 18), gradient)
+        axes.text(x + 46, 18, text, size=9, va="center")
+    return figure
 
 
 def main():
