@@ -116,8 +116,9 @@ def main():
         raise common.UserError(f"--queue-size {args.queue_size} is smaller than --batch-size {args.batch_size}")
     device = common.init_device(args.seed)
     size = args.image_size or common.default_image_size(args.data)
-    teacher = common.load_teacher(args.teacher, args.teacher_arch, size, args.trust_teacher)
+    teacher = common.load_teacher(args.teacher, args.teacher_arch, size, args.trust_teacher, args.teacher_mean_std)
     dataset = common.load_dataset(args.data, args.data_root, "pretrain", device, size)
+    teacher.convert_from(dataset.mean_std)
     common.check_input_size(teacher.backbone, args.teacher, size)
     view = common.View(size)
     loader = common.Loader(dataset, [view, view], args.batch_size, args.seed, args.workers, device)
@@ -131,7 +132,8 @@ def main():
     optimizer = common.sgd(student.parameters(), args.lr, args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
 
-    run = common.Run("disco", args, dataset, files=[args.teacher], arch=args.student, image_size=size)
+    run = common.Run("disco", args, dataset, files=[common.weights_file(args.teacher)], arch=args.student,
+                     image_size=size, mean_std=dataset.mean_std, loaded=[teacher.description])  # fmt: skip
     run.resume(model, optimizer, scaler)
     if args.compile:
         for network in model.children():
@@ -155,9 +157,10 @@ def main():
 def parse_args():
     parser = common.common_parser("disco", __doc__, epochs=200, batch_size=256, lr=0.03, weight_decay=1e-4)
     add = parser.add_argument
-    add("--teacher", required=True, help="teacher's file, or torchvision for labelled weights of --teacher-arch")
+    add("--teacher", required=True, help="teacher's file or folder, or torchvision: labelled weights of --teacher-arch")
     add("--teacher-arch", help="the teacher's network (default: read from its file)")
     add("--trust-teacher", action="store_true", help="run a .pt2 teacher, which can hold any code")
+    add("--teacher-mean-std", type=float, nargs="+", metavar="X", help="means, deviations of its images (its own)")
     add("--student", required=True, help="network, any of torchvision's or of CIFAR's (common.CIFAR_NETWORKS)")
     add("--hidden-dim", type=common.positive_int, default=2048, help="of the student's head (default %(default)s)")
     add("--distill-weight", type=common.positive_float, default=32.0, help="default %(default)s, as released; paper: 1")

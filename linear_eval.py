@@ -133,7 +133,9 @@ def main():
     crop = common.View(size, scale=(0.08, 1.0), augment=None)
     loader = common.Loader(train, [crop], args.batch_size, args.seed, args.workers, device)
 
-    run = common.Run("linear_eval", args, train, val, files=[*args.weights, args.label_list])
+    files = [*map(common.weights_file, args.weights), args.label_list]
+    loaded = [encoder.description for encoder in encoders.values() if encoder.description]
+    run = common.Run("linear_eval", args, train, val, files=files, loaded=loaded)
     options = size, args.batch_size, args.workers, device
     protocol = "finetune" if args.finetune else "linear"
     path = run.folder / "eval.json"
@@ -142,6 +144,7 @@ def main():
         if name in results:
             continue
         encoder.amp = common.AMP[args.amp]
+        encoder.convert_from(train.mean_std)
         encoder.to(device, memory_format=torch.channels_last)
         if args.compile:
             encoder.backbone.compile()
@@ -193,7 +196,7 @@ def load_weights(args, name, image_size=None):
     """The Encoder of a file, or of `torchvision` or `random` weights of --arch, frozen."""
     if name != "random":
         arch = args.arch if name == "torchvision" else None
-        return common.load_teacher(name, arch, image_size, args.trust_teacher)
+        return common.load_teacher(name, arch, image_size, args.trust_teacher, args.teacher_mean_std)
     if not args.arch:
         raise common.UserError("--weights random needs a network: pass --arch NAME")
     torch.manual_seed(args.seed)
@@ -226,7 +229,8 @@ def train_classifiers(run, name, encoder, batches, val, val_set, options):
     model = probe = Probe(encoder.backbone.feature_dim, val.num_classes, len(args.lr)).to(device)
     groups = [{"params": head.parameters(), "lr": lr} for head, lr in zip(probe.heads, args.lr, strict=True)]
     if args.finetune:
-        model = common.Encoder(encoder.backbone.requires_grad_(True), probe).train()
+        model = common.Encoder(encoder.backbone.requires_grad_(True), probe, mean_std=encoder.mean_std).train()
+        model.convert_from(val.mean_std)
         model.amp = encoder.amp
         groups += [{"params": model.backbone.parameters(), "lr": args.backbone_lr}]
     rates = [group["lr"] for group in groups]
@@ -308,6 +312,7 @@ def parse_args():
     add = parser.add_argument
     add("--weights", nargs="+", required=True, help="files; random or torchvision: --arch untrained or with labels")
     add("--trust-teacher", action="store_true", help="run .pt2 programs, which can hold any code")
+    add("--teacher-mean-std", type=float, nargs="+", metavar="X", help="means, deviations of its images (its own)")
     add("--arch", help="network of random and torchvision (files store theirs)")
     add("--lr", type=common.positive_float, nargs="+", default=[30.0, 10.0, 3.0, 1.0, 0.3, 0.1], help="learning "
         "rates to probe (default %(default)s; papers: 30 for ResNets, 3 for others; 0.2 with --finetune)")  # fmt: skip

@@ -97,7 +97,7 @@ def main():
     optimizer = common.sgd(encoder.parameters(), args.lr, args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
 
-    run = common.Run("moco_v2", args, dataset, arch=args.arch, image_size=size)
+    run = common.Run("moco_v2", args, dataset, arch=args.arch, image_size=size, mean_std=dataset.mean_std)
     run.resume(model, optimizer, scaler)
     if args.compile:
         model.encoder.compile()

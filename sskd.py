@@ -205,9 +205,11 @@ def main():
     student, teacher = common.build_classifier(args.student, train.num_classes, size), None
     networks, files = [student], []
     if args.teacher:
-        teacher = common.load_classifier(args.teacher, args.teacher_arch, train.num_classes, size)
+        options = args.teacher_arch, train.num_classes, size, args.teacher_mean_std
+        teacher = common.load_classifier(args.teacher, *options)
+        teacher.convert_from(train.mean_std)
         common.check_input_size(teacher.backbone, args.teacher, size)
-        networks, files = [student, teacher], [args.teacher]
+        networks, files = [student, teacher], [common.weights_file(args.teacher)]
     for network in networks:
         network.amp = common.AMP[args.amp]
         if args.compile:
@@ -240,7 +242,8 @@ def main():
         right = network.classifier(features).argmax(dim=1) == common.local_share(labels)
         return 100 * common.all_reduce(right.sum()).item() / (labels >= 0).sum().item()
 
-    run = common.Run("sskd", args, train, val, files=files, arch=args.student, image_size=size)
+    run = common.Run("sskd", args, train, val, files=files, arch=args.student, image_size=size,
+                     mean_std=train.mean_std, loaded=[network.description for network in networks[1:]])  # fmt: skip
     run.resume(model, optimizer, scaler)
     if model.teacher and run.step == 0:
         run.log({"teacher_top1": top1(teacher)})
@@ -286,6 +289,7 @@ def parse_args():
     add("--train-teacher", metavar="NAME", help="train a teacher on labels alone, by default in runs/sskd_teacher")
     add("--teacher", help="file of a labelled network, or torchvision, its labelled weights of --teacher-arch")
     add("--teacher-arch", help="the teacher's network (default: read from its file)")
+    add("--teacher-mean-std", type=float, nargs="+", metavar="X", help="means, deviations of its images (its own)")
     add("--student", help="network, any of torchvision's or of CIFAR's (common.CIFAR_NETWORKS)")
     add("--ce-weight", type=weight, default=0.1, help="of the labels (default %(default)s; 1 with --train-teacher)")
     add("--kd-weight", type=weight, default=0.9, help="of distillation (default %(default)s)")
