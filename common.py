@@ -844,8 +844,8 @@ def widened_resnet50(times):
     return network.apply(kaiming_init)
 
 
-# torchvision's classification networks and their numbers of parameters, with classifiers of 1000 classes. Those left
-# out have outputs of several kinds (GoogLeNet, Inception) or need the version of their state dict (MNASNet).
+# torchvision's classification networks and their numbers of parameters, with classifiers of 1000 classes; not those
+# whose files do not tell all: GoogLeNet, Inception (how images are transformed) and MNASNet (its version)
 PARAMETERS = {name: torchvision.models.get_model_weights(name).DEFAULT.meta["num_params"]
               for name in torchvision.models.list_models(module=torchvision.models)
               if not name.startswith(("googlenet", "inception", "mnasnet"))}  # fmt: skip
@@ -925,16 +925,16 @@ class Encoder(nn.Sequential):
         """Set the normalisation that images come with, to convert it (before: CIFAR's for its own, else ImageNet's)."""
         numbers = torch.tensor([mean_std, self.mean_std or mean_std], device=next(self.parameters()).device)
         (mean, std), (own_mean, own_std) = numbers[..., None, None]
-        same = self.mean_std in (None, mean_std)  # then it costs nothing
-        self.register_buffer("shift", None if same else (mean - own_mean) / own_std, persistent=False)
-        self.register_buffer("scale", None if same else std / own_std, persistent=False)
+        shift_scale = torch.stack([mean - own_mean, std]) / own_std
+        equal = self.mean_std in (None, mean_std)  # then nothing is computed
+        self.register_buffer("shift_scale", None if equal else shift_scale, persistent=False)
 
     def forward(self, images):
         return self.features_and_output(images)[1]
 
     def features_and_output(self, images):
         """Features (N, feature_dim) of the backbone, and the head's output, both float32."""
-        images = images if self.scale is None else torch.addcmul(self.shift, images, self.scale)
+        images = images if self.shift_scale is None else self.shift_scale[0].addcmul(images, self.shift_scale[1])
         with torch.autocast(images.device.type, self.amp, enabled=self.amp is not None):
             features = self.backbone(images)
             return features.float(), self[1](features).float()
@@ -942,7 +942,7 @@ class Encoder(nn.Sequential):
     @torch.no_grad()
     def features(self, images):
         """Features (N, feature_dim) of the backbone, float32, without gradient."""
-        images = images if self.scale is None else torch.addcmul(self.shift, images, self.scale)
+        images = images if self.shift_scale is None else self.shift_scale[0].addcmul(images, self.shift_scale[1])
         with torch.autocast(images.device.type, self.amp, enabled=self.amp is not None):
             return self.backbone(images).float()
 
@@ -997,8 +997,7 @@ TRANSFORMER = KeyTable(r"(embeddings\.)?cls_token|class_token", {"hidden_act": "
     (r"^(pos_embed|position_embeddings)$", "encoder.pos_embedding"),
     (r"^patch_embed\.proj(ection)?\.(weight|bias)$", r"conv_proj.\2"),
     (r"^(blocks|encoder\.layer|layers)\.(\d+\.)?(\d+)\.", r"encoder.layers.encoder_layer_\3."),  # DINOv2: in chunks
-    (r"\.(ls|layer_scale)1\.(gamma|lambda1)$", ".self_attention.out_proj.scale"),
-    (r"\.(ls|layer_scale)2\.(gamma|lambda1)$", ".mlp.3.scale"),
+    (r"\.(ls|layer_scale)1\.\w+$", ".attn.proj.scale"), (r"\.(ls|layer_scale)2\.\w+$", ".mlp.fc2.scale"),
     (r"\.(norm1|ln1|layernorm_before)\.", ".ln_1."), (r"\.(norm2|ln2|layernorm_after)\.", ".ln_2."),
     (r"\.attn\.qkv\.", ".self_attention.in_proj_"),
     (r"\.attention\.(?:attention\.)?([qkv])(?:_proj|uery|ey|alue)\.(.*)", r".self_attention.in_proj_\2.\1"),
@@ -1010,8 +1009,8 @@ TRANSFORMER = KeyTable(r"(embeddings\.)?cls_token|class_token", {"hidden_act": "
 CONVNEXT = KeyTable(r"stages\.0\.blocks\.0\.conv_dw\.weight|embeddings\.patch_embeddings\.weight|(model\.)?stages\.0\."
                     r"downsample_layers\.0\.weight|downsample_layers\.0\.0\.weight", {"hidden_act": "gelu"}, (
     (r"^((model|encoder)\.|norms\..*)", ""),
-    (r"^(stem|embeddings|downsample_layers\.0|stages\.0\.downsample_layers)\.(0|patch_embeddings)\.", "features.0.0."),
-    (r"^(stem|embeddings|downsample_layers\.0|stages\.0\.downsample_layers)\.(1|layernorm)\.", "features.0.1."),
+    (r"^embeddings\.patch_embeddings\.", "stem.0."), (r"^embeddings\.layernorm\.", "stem.1."),
+    (r"^(stem|downsample_layers\.0|stages\.0\.downsample_layers)\.", "features.0."),
     (r"^(stages|downsample_layers)\.(\d)\.(downsampl\w+\.)?(?=\d\.[wb]\w+$)", lambda m: f"features.{2 * int(m[2])}."),
     (r"^stages\.(\d)\.(blocks\.|layers\.)?(\d+)", lambda m: f"features.{2 * int(m[1]) + 1}.{m[3]}.block"),
     (r"\.block\.(gamma|layer_scale_parameter)$", ".layer_scale"),
@@ -1026,8 +1025,7 @@ RESNET = KeyTable(r"embedder\.embedder\.convolution\.weight|4\.0\.conv1\.weight"
     (r"^(0|embedder\.embedder\.convolution)\.", "conv1."), (r"^(1|embedder\.embedder\.normalization)\.", "bn1."),
     (r"^([4-7])\.", lambda m: f"layer{int(m[1]) - 3}."),
     (r"^encoder\.stages\.(\d)\.layers\.", lambda m: f"layer{int(m[1]) + 1}."),
-    (r"\.layer\.(\d)\.convolution\.", lambda m: f".conv{int(m[1]) + 1}."),
-    (r"\.layer\.(\d)\.normalization\.", lambda m: f".bn{int(m[1]) + 1}."), (r"^classifier\.1\.", "fc."),
+    (r"\.layer\.(\d)\.(conv)?\w+\.", lambda m: f".{m[2] or 'bn'}{int(m[1]) + 1}."), (r"^classifier\.1\.", "fc."),
     (r"\.shortcut\.convolution\.", ".downsample.0."), (r"\.shortcut\.normalization\.", ".downsample.1."),
 ))  # fmt: skip
 KEY_TABLES = TRANSFORMER, CONVNEXT, RESNET, KeyTable(r"(conv1|features|stem|block0)(\.conv0|\.0)*\.weight")
@@ -1064,18 +1062,15 @@ def load_file(path, whole=False):
     except FileNotFoundError:
         raise UserError(f"no file {path}") from None
     except IsADirectoryError:
-        raise UserError(f"{path} is a folder without model.safetensors or pytorch_model.bin; weights in parts must be "
-                        "saved as one file, with save_pretrained(max_shard_size='99GB')") from None  # fmt: skip
+        raise UserError(f"{path} is a folder without model.safetensors or pytorch_model.bin: pass its file, and "
+                        "join one in parts with save_pretrained(max_shard_size='99GB')") from None  # fmt: skip
     except Exception as error:
-        why, code = str(error).partition("\n")[0], re.search(r"GLOBAL (\S+)", str(error))  # of torch about objects
-        if start.startswith(b"version https://git-lfs"):
-            why = "a pointer of git-lfs: fetch the file itself with git lfs pull"
-        elif code:
+        known = {"git-lfs": "a pointer of git-lfs: fetch the file itself with git lfs pull",
+                 "TorchScript": "a TorchScript program: load it in Python and save its state_dict()",
+                 "weights_only": "neither a file of torch.save nor safetensors"}  # fmt: skip
+        why = next((known[sign] for sign in known if sign in f"{start}{error}"), str(error).partition("\n")[0])
+        if code := re.search(r"GLOBAL (\S+)", str(error)):  # of torch's message about objects
             why = f"{code[1]} could run code: save the state dict alone"
-        elif "TorchScript" in why:
-            why = "a TorchScript program: load it in Python and save its state_dict()"
-        elif "weights_only" in why or "Weights only" in why:  # torch's advice to run whatever is in it
-            why = "neither a file of torch.save nor safetensors"
         raise UserError(f"{path} is not a readable checkpoint ({why})") from None
 
 
@@ -1092,16 +1087,6 @@ def load_safetensors(content):
         raise ValueError(f"safetensors that are cut off or damaged: {error}") from None
 
 
-def read_beside(path):
-    """Values of the JSON files beside a file or in a folder: of our runs, timm and Hugging Face."""
-    values = {}
-    for name in ("config.json", "preprocessor_config.json"):
-        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
-            content = json.loads(Path(weights_file(path)).with_name(name).read_text())
-            values |= content | content.get("model_args", {}) | content.get("pretrained_cfg", {})
-    return values
-
-
 def load_teacher(path, arch=None, image_size=None, trust=False, mean_std=None):
     """Read a network with its projection head, frozen and in eval mode.
 
@@ -1116,7 +1101,7 @@ def load_teacher(path, arch=None, image_size=None, trust=False, mean_std=None):
     elif trust:
         backbone, head = Program(path, image_size), nn.Identity()
         what = "a program" + ", whose 1000 numbers look like logits," * (backbone.feature_dim == 1000)
-        about = describe(path, what, backbone, read_beside(path), mean_std)
+        about = describe(path, what, backbone, {}, mean_std)
     else:
         raise UserError(f"{path} is a program, which can run any code: pass --trust-teacher if you trust its author")
     return Encoder(backbone, head, **about).requires_grad_(False).eval()
@@ -1140,10 +1125,15 @@ def load_backbone(path, arch, image_size=None, mean_std=None):
 
     backbone.image_size is `image_size`, or else the size that the network was trained at, as far as it is known.
     """
-    checkpoint = torchvision_weights(arch) if path == "torchvision" else load_file(weights_file(path))
+    file, beside = weights_file(path), {}
+    checkpoint = torchvision_weights(arch) if path == "torchvision" else load_file(file)
     file_format, table, parts, source = split_state(path, checkpoint)
     state, head, classifier = parts["backbone"], parts["head"], parts["classifier"]
-    beside = read_beside(path) | {key: checkpoint[key] for key in ("image_size", "mean_std") if key in checkpoint}
+    for name in ("config.json", "preprocessor_config.json"):  # of our runs, timm and Hugging Face
+        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+            content = json.loads(Path(file).with_name(name).read_text())
+            beside |= content | content.get("model_args", {}) | content.get("pretrained_cfg", {})
+    beside |= {key: checkpoint[key] for key in ("image_size", "mean_std") if key in checkpoint}
     for key, value in table.config.items():
         if beside.get(key, value) != value:
             raise UserError(f"{path} has {key} {beside[key]} in config.json, where {value} is known here: {EXPORT}")
@@ -1178,7 +1168,7 @@ def load_backbone(path, arch, image_size=None, mean_std=None):
 def describe(path, what, backbone, beside, given=None, usual=IMAGENET_MEAN_STD):
     """{"mean_std", "description"} of an Encoder: what its images are normalised with, and a line about what was read.
 
-    The numbers are `given`, two or six, or those in the files beside it (see `read_beside`), or the usual ones.
+    The numbers are `given`, two or six, or those of the files beside it, or the usual ones.
     """
     pairs = [(beside.get(f"{kind}mean"), beside.get(f"{kind}std")) for kind in ("image_", "")]
     numbers = next(found for found in (given, beside.get("mean_std"), *pairs, usual) if found and None not in found)
@@ -1209,7 +1199,7 @@ def split_state(path, checkpoint):
 
     The parts are state dicts; the backbone's has torchvision's keys.
     """
-    state, places, parts = checkpoint if isinstance(checkpoint, dict) else {}, [], {"backbone": {}}
+    state, places, parts = checkpoint if isinstance(checkpoint, dict) else {}, [], {}
     while wrapper := next((name for name in WRAPPERS if isinstance(state.get(name), dict)), None):
         state = state[wrapper]
         places.append(wrapper)
@@ -1236,10 +1226,9 @@ def split_state(path, checkpoint):
                 key = re.sub(pattern, name, key)
             backbone[key] = value[:, None, None] if key.endswith("layer_scale") and value.ndim == 1 else value
     backbone.pop("", None)
-    parts["backbone"] = backbone
     place = ".".join([*places, outer + prefix]).strip(".")
     average = "averaged (EMA) " * bool(re.search(r"(^|[._])ema", place))
-    return file_format, table, parts, f", {average}weights of {place}" * bool(place)
+    return file_format, table, parts | {"backbone": backbone}, f", {average}weights of {place}" * bool(place)
 
 
 def recognise(kinds, state, end=""):
@@ -1276,9 +1265,8 @@ def build_head(path, state, activation=nn.ReLU):
 def build_transformer(path, state, beside, image_size=None, moco_v3=False):
     """A name, torchvision's VisionTransformer on the meta device for a state dict of any origin, and the dict for it.
 
-    beside: from `read_beside`. LayerScale (DINOv2) is multiplied into the layer before it; registers become class
-    tokens without a position. Positions are interpolated where image_size is not the file's, as the code of its origin
-    does: with registers and in timm's files antialiased, in those of DINO and DINOv2 with a scale that is larger.
+    LayerScale (DINOv2) is multiplied into the layer before it; registers become class tokens without a position.
+    Positions are interpolated where image_size is not the file's, as the code does that the file is from.
     """
     state = {key: value for key, value in state.items() if not key.startswith(("mask", "decoder", "pooler"))}
     split = [key.removesuffix(".q") for key in state if key.endswith(".q")]  # Hugging Face's queries, keys and values
@@ -1292,10 +1280,8 @@ def build_transformer(path, state, beside, image_size=None, moco_v3=False):
         for key in split:
             state[key] = torch.cat([state.pop(f"{key}.{part}") for part in "qkv"])
         hidden = len(state["encoder.layers.encoder_layer_0.mlp.0.weight"])
-        heads, origin = beside.get("num_attention_heads") or beside.get("num_heads"), "config.json"
-        if not heads:
-            heads, origin = 16 if width in (1280, 1408, 1664) else max(1, width // 64), "a guess from the width"
-            heads = 12 if moco_v3 and width == 384 else heads
+        known = beside.get("num_attention_heads") or beside.get("num_heads")
+        heads = known or {1280: 16, 1408: 16, 1664: 16, 384: 12 if moco_v3 else 6}.get(width, max(1, width // 64))
         if width % heads:
             raise ValueError(f"{heads} heads of {width} dimensions")
     except (KeyError, ValueError, RuntimeError, TypeError) as error:
@@ -1328,6 +1314,7 @@ def build_transformer(path, state, beside, image_size=None, moco_v3=False):
         network.class_token = nn.Parameter(torch.empty(state["class_token"].shape))
         network.encoder.pos_embedding = nn.Parameter(torch.empty(state["encoder.pos_embedding"].shape))
     remove_classifier(network)
+    origin = "config.json" if known else "a guess from the width"
     return f"a vision transformer of {depth} blocks, {heads} heads ({origin})", network, state
 
 

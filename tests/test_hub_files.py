@@ -245,7 +245,7 @@ def test_images_are_converted_to_the_numbers_of_the_network_and_left_alone_where
             images = common.normalize(pictures.clone(), come or common.IMAGENET_MEAN_STD)
             torch.testing.assert_close(teacher(images), expected, rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(teacher.features(images), expected, rtol=1e-4, atol=1e-4)
-        assert teacher.scale is None and "scale" not in str(teacher.state_dict().keys())
+        assert teacher.shift_scale is None
     assert teacher.mean_std == common.IMAGENET_MEAN_STD and "assumed" in teacher.description
     for numbers in ([0.5], [0.5, 0.0], [0.5, 0.5, 0.5, 0.5], [float("nan"), 0.5]):
         with pytest.raises(common.UserError, match=r"resnet18.pth: .*--teacher-mean-std"):
@@ -254,8 +254,8 @@ def test_images_are_converted_to_the_numbers_of_the_network_and_left_alone_where
 
 def test_the_conversion_moves_with_the_network_and_is_no_part_of_its_state(folders):
     teacher = common.load_teacher(folders["hf_vit_google"])
-    assert teacher.scale.shape == (3, 1, 1) and not any("scale" in key for key in teacher.state_dict())
-    assert teacher.to("meta").scale.is_meta
+    assert teacher.shift_scale.shape == (2, 3, 1, 1) and not any("scale" in key for key in teacher.state_dict())
+    assert teacher.to("meta").shift_scale.is_meta
 
 
 USUAL = {
@@ -452,7 +452,9 @@ MISTAKES = {
         ["fits no network", "conv_stem.weight [32, 3, 3, 3]", ".pt2"],
     ),
     "a stem of three convolutions": (
-        lambda path: torch.save(without_fc(small_resnet()) | {"conv1.0.weight": torch.zeros(64, 3, 3, 3), "conv1.weight": None}, path),
+        lambda path: torch.save(
+            without_fc(small_resnet()) | {"conv1.0.weight": torch.zeros(64, 3, 3, 3), "conv1.weight": None}, path
+        ),
         ["conv1.0.weight", ".pt2"],
     ),
 }
