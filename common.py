@@ -18,6 +18,7 @@ import difflib
 import fcntl
 import hashlib
 import json
+import logging
 import math
 import os
 import platform
@@ -1326,6 +1327,7 @@ class Program(nn.Module):
 
     def __init__(self, path, image_size=None):
         super().__init__()
+        logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # it repeats what is raised
         try:
             self.program = torch.export.load(path)
             for node in list(self.program.graph.nodes):
@@ -1333,14 +1335,12 @@ class Program(nn.Module):
                     self.program.graph.erase_node(node)  # it checks the precision, which autocast changes
             self.image_size = image_size or self.program.example_inputs[0][0].shape[-1]
             self.to("cpu")
-            output = self(torch.zeros(3, 3, self.image_size, self.image_size))
-            if not isinstance(output, torch.Tensor):
-                raise TypeError(f"it returns a {type(output).__name__}: wrap it, so that it returns one tensor")
-            _, self.feature_dim = output.shape
+            _, self.feature_dim = self(torch.zeros(3, 3, self.image_size, self.image_size)).shape
         except Exception as error:
             reason = (str(error) or type(error).__name__).partition("\n")[0]
             raise UserError(f"{path} is not a program that turns any number of images of --image-size into features "
-                            f"(N, D) ({reason}): export it with a dynamic batch, at this size") from None  # fmt: skip
+                            f"(N, D) ({reason}): export it with a dynamic batch, at this size, in a wrapper that "
+                            "returns one tensor") from None  # fmt: skip
 
     def forward(self, images):
         return self.network(images.contiguous())  # in the layout that it was exported with
