@@ -924,11 +924,11 @@ class Encoder(nn.Sequential):
 
     def convert_from(self, mean_std):
         """Set the normalisation that images come with, to convert it (before: CIFAR's for its own, else ImageNet's)."""
-        numbers = torch.tensor([mean_std, self.mean_std or mean_std], device=next(self.parameters()).device)
-        (mean, std), (own_mean, own_std) = numbers[..., None, None]
+        (mean, std), (own_mean, own_std) = torch.tensor([mean_std, self.mean_std or mean_std])[..., None, None]
         shift_scale = torch.stack([mean - own_mean, std]) / own_std
         equal = self.mean_std in (None, mean_std)  # then nothing is computed
-        self.register_buffer("shift_scale", None if equal else shift_scale, persistent=False)
+        device = next(self.parameters(), shift_scale).device
+        self.register_buffer("shift_scale", None if equal else shift_scale.to(device), persistent=False)
 
     def forward(self, images):
         return self.features_and_output(images)[1]
@@ -1126,8 +1126,8 @@ def load_backbone(path, arch, image_size=None, mean_std=None):
 
     backbone.image_size is `image_size`, or else the size that the network was trained at, as far as it is known.
     """
-    file, beside = weights_file(path), {}
-    checkpoint = torchvision_weights(arch) if path == "torchvision" else load_file(file)
+    file, beside = "" if path == "torchvision" else weights_file(path), {}
+    checkpoint = load_file(file) if file else torchvision_weights(arch)
     file_format, table, parts, source = split_state(path, checkpoint)
     state, head, classifier = parts["backbone"], parts["head"], parts["classifier"]
     for name in ("config.json", "preprocessor_config.json"):  # of our runs, timm and Hugging Face

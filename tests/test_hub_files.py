@@ -523,13 +523,19 @@ def test_a_program_of_several_outputs_is_told_to_be_wrapped_and_a_thousand_are_d
     assert "1000 numbers look like logits" in teacher.description and teacher.mean_std == HALF
 
 
-LINE = "--data shapes:48 --image-size 64 --student resnet8 --batch-size 16 --epochs 1"
+LINE = "--data cifar10 --image-size 64 --student resnet8 --batch-size 16 --epochs 1"
 
 
 @pytest.mark.parametrize("script", ["disco.py --queue-size 32", "seed.py --queue-size 32", "sskd.py"])
 def test_scripts_take_a_folder_say_what_they_read_and_keep_it(script, folders, tmp_path, capfd, monkeypatch):
-    teacher, draw = folders["hf_vit_google"], common.draw_shapes
-    monkeypatch.setattr(common, "draw_shapes", lambda count, size, seed: draw(min(count, 60), size, seed))
+    teacher, images, converted_from = folders["hf_vit_google"], common.draw_shapes(48, 64, 0), []
+    convert_from = common.Encoder.convert_from
+    monkeypatch.setattr(common, "load_small_set", lambda *_: (*images, 10))
+    monkeypatch.setattr(
+        common.Encoder,
+        "convert_from",
+        lambda self, numbers: converted_from.append(numbers) or convert_from(self, numbers),
+    )
     if script == "sskd.py":
         script += " --head-epochs 1 --batch-size 8"
     run(f"{script} {LINE} --teacher {teacher} --out {tmp_path}/run")
@@ -537,10 +543,11 @@ def test_scripts_take_a_folder_say_what_they_read_and_keep_it(script, folders, t
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     words = "a vision transformer of 2 blocks, 3 heads (config.json), weights of vit, no head, features of 192"
     assert config["loaded"] == [lines[0]] and f"{teacher}: {words}, images normalised by 0.5 0.5 0.5 / 0.5" in lines[0]
-    assert config["mean_std"] == [list(values) for values in common.IMAGENET_MEAN_STD]
+    assert config["mean_std"] == [list(values) for values in common.CIFAR_MEAN_STD]
+    assert converted_from.count(common.CIFAR_MEAN_STD) == 1
     assert any("model.safetensors" in name for name in config["inputs"])
     student = common.load_teacher(tmp_path / "run" / "backbone.pth")
-    assert student.mean_std == common.IMAGENET_MEAN_STD and "(read)" in student.description
+    assert student.mean_std == common.CIFAR_MEAN_STD and "(read)" in student.description
     with pytest.raises(SystemExit):
         run(f"{script} {LINE} --teacher {teacher} --teacher-mean-std 0.5 --out {tmp_path}/other")
     assert "--teacher-mean-std" in capfd.readouterr().err
