@@ -10,12 +10,14 @@ Evaluation      features of a frozen backbone, k-NN
 Runs            a run's folder: configuration, log, pictures, checkpoints, resume
 """
 
+import _codecs
 import argparse
 import contextlib
 import copy
 import difflib
 import hashlib
 import json
+import logging
 import math
 import multiprocessing
 import os
@@ -118,7 +120,7 @@ def run_script(main):
 
 
 KNOWN_ERRORS = {  # a pattern of a library's message: the cause and the way out
-    r"DataLoader worker \(pid|DataLoader timed out": "a loading process is lost, as memory, /dev/shm or open files "
+    r"DataLoader worker \(pid|DataLoader timed out|No space left": "a loading process is lost, as memory, /dev/shm or open files "
     "(ulimit -n) ran out: lower --workers or --batch-size",
     r"Too many open files|items of ancdata": "too many open files: raise `ulimit -n`, or lower --workers",
     r"Expected more than 1 value per channel": "BatchNorm needs more than one image per process: raise --batch-size",
@@ -294,7 +296,14 @@ def common_parser(script, docstring, *, epochs, batch_size, lr, weight_decay):
 SMALL_SETS = {"cifar10": 32, "cifar100": 32, "stl10": 96, "fashion_mnist": 32, "shapes": 32}  # pixels of their images
 IMAGENET_MEAN_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of red, green and blue
 CIFAR_MEAN_STD = (0.5071, 0.4866, 0.4409), (0.2675, 0.2565, 0.2761)
-HIDDEN = (".", "__MACOSX", "@eaDir", "lost+found")  # entries whose names begin so are the system's, not data
+HIDDEN = (
+    ".",
+    "__MACOSX",
+    "@eaDir",
+    "lost+found",
+    "$RECYCLE.BIN",
+    "System Volume",
+)  # entries whose names begin so are the system's, not data
 
 
 class ArrayDataset:
@@ -355,10 +364,14 @@ def find_images(root, labelled):
 
     # Some of Pillow's formats are only recognised: files of data and films
     suffixes = {suffix for suffix, name in Image.registered_extensions().items()
-                if name in Image.OPEN and name not in ("BUFR", "GRIB", "HDF5", "MPEG", "WMF")}  # fmt: skip
+                if name in (*Image.OPEN, "MPO") and name not in ("BUFR", "GRIB", "HDF5", "MPEG", "WMF")}  # fmt: skip
     found, others, classes = [], [], None
+    above = {root: {os.path.realpath(root)}}  # of each folder, itself and those above, which a link in it can lead to
     for folder, folders, files in os.walk(root, onerror=fail, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(HIDDEN)]
+        places = {name: os.path.join(folder, name) for name in folders if not name.startswith(HIDDEN)}
+        places = {name: path for name, path in places.items() if os.path.realpath(path) not in above[folder]}
+        above |= {path: above[folder] | {os.path.realpath(path)} for path in places.values()}
+        folders[:] = places
         classes = sorted(folders) if classes is None and labelled else classes or []
         place = os.path.relpath(folder, root)
         label = place.split(os.sep)[0]
@@ -397,10 +410,14 @@ def to_rgb(image):
     of 32 bits that fill at least a quarter of a usual range: up to 1, 255 or 65,535. Raises ValueError for others.
     """
     if isinstance(image, torch.Tensor):
+        if image.dtype != torch.uint8:
+            raise TypeError(f"a tensor of {image.dtype} and not of uint8")
         return image.expand(3, -1, -1)
     if image.mode[0] in "IF":  # more than 8 bits of grey, which Pillow would cut off at 255
         levels = np.asarray(image)
         scaled = np.rint(levels * (255 / largest_grey(image, levels.min(), levels.max())))
+        if image.format == "TIFF" and image.tag_v2.get(262) == 0:  # white is 0
+            scaled = 255 - scaled
         grey = np.where(levels == image.info.get("transparency"), 255, scaled)
         return torch.from_numpy(grey.astype(np.uint8)).expand(3, -1, -1)
     if image.has_transparency_data:
@@ -441,9 +458,14 @@ def load_dataset(data, data_root, split, device, image_size=32):
     folder = Path(data or "data/imagenet")
     if split != "pretrain":
         return FolderDataset(folder / split)
-    # Without labels, images may lie anywhere. Rank 0 looks, for all.
-    train = broadcast((folder / "train").exists() or not folder.is_dir())
-    return FolderDataset(folder / "train" if train else folder, labelled=False)
+    # Without labels, images may lie anywhere: below train/, or where there is none, below the folder itself
+    names = broadcast(sorted(os.listdir(folder)) if rank() == 0 and folder.is_dir() else None)
+    if names is not None and "train" not in names:
+        splits = [name for name in names if re.match("(train|val|test)", name, re.IGNORECASE)]
+        if splits:
+            raise UserError(f"{folder} has {splits[0]} and no train: rename it, or pass the folder of training images")
+        return FolderDataset(folder, labelled=False)
+    return FolderDataset(folder / "train", labelled=False)
 
 
 def load_labelled(data, data_root, device, image_size=32):
@@ -818,8 +840,8 @@ class TrainingBatches:
     def __init__(self, dataset, views, batch_size, seed):
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
         self.views = [replace(view, augment=None) for view in views]  # any function may stand there, even a lambda
-        share = batch_size // world_size()
-        self.own = slice(rank() * share, (rank() + 1) * share)
+        self.share = batch_size // world_size()
+        self.own = slice(rank() * self.share, (rank() + 1) * self.share)
 
     def __getitem__(self, step):
         epoch, batch = divmod(step, len(self.dataset) // self.batch_size)
@@ -891,10 +913,10 @@ def make_dataloader(batches, numbers, count, workers, device):
     """
     workers = 0 if in_memory(batches.dataset) else workers
     if workers and os.path.isdir("/dev/shm"):
-        rows = len(batches.parts[0]) if isinstance(batches, CenterCrops) else batches.own.stop - batches.own.start
+        rows = max(map(len, batches.parts), default=0) if isinstance(batches, CenterCrops) else batches.share
         sizes = [rows * 8, *(rows * 3 * view.size**2 for view in batches.views)]  # of the tensors of a batch
         under_way = min(count, 2 * workers + 1) * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        needed = under_way * sum(-(-size // 4096 + 1) * 4096 for size in sizes)
+        needed = (16 * workers + under_way * sum(-(-size // 4096) + 1 for size in sizes)) * 4096  # with semaphores
         free = shutil.disk_usage("/dev/shm").free
         if needed > free:
             raise UserError(f"--workers {workers} put up to {needed / 2**20:.1f} MiB of images into /dev/shm, where "
@@ -913,10 +935,17 @@ def worker_init(worker):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     # A batch that cannot be sent is lost, and the run would wait for it: end, which the main process notices at once
-    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda error, batch: os._exit(1))
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(end_worker)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=exit_with_parent, daemon=True).start()
+
+
+def end_worker(error, batch):
+    """End a worker that cannot send a batch; silently if the main process is gone."""
+    if not isinstance(error, BrokenPipeError):
+        print(f"a batch cannot be sent: {error}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def exit_with_parent():
@@ -1086,13 +1115,15 @@ def widened_resnet50(times):
     return network.apply(kaiming_init)
 
 
-# torchvision's classification networks and their numbers of parameters, with classifiers of 1000 classes
+# torchvision's classification networks and their numbers of parameters, with classifiers of 1000 classes; not those
+# whose files do not tell all: GoogLeNet, Inception (how images are transformed) and MNASNet (its version)
 PARAMETERS = {name: torchvision.models.get_model_weights(name).DEFAULT.meta["num_params"]
-              for name in torchvision.models.list_models(module=torchvision.models)}  # fmt: skip
+              for name in torchvision.models.list_models(module=torchvision.models)
+              if not name.startswith(("googlenet", "inception", "mnasnet"))}  # fmt: skip
 WIDENED = {f"resnet50w{times}": partial(widened_resnet50, times) for times in (2, 4, 5)}
 LARGE_NETWORKS = {name: partial(torchvision.models.get_model, name) for name in PARAMETERS} | WIDENED
-LARGE_NETWORKS |= {name: partial(torchvision.models.get_model, name, aux_logits=False, init_weights=False)
-                   for name in ("googlenet", "inception_v3")}  # fmt: skip
+PARAMETERS["resnet26"] = 15_995_176  # of timm and Hugging Face
+LARGE_NETWORKS["resnet26"] = partial(torchvision.models.ResNet, torchvision.models.resnet.Bottleneck, [2, 2, 2, 2])
 NETWORK_NAMES = list({**CIFAR_NETWORKS, **LARGE_NETWORKS})
 
 
@@ -1118,8 +1149,9 @@ def build_backbone(arch, image_size=224, init=None):
     if not next(network.parameters()).is_meta:
         check_input_size(network, arch, image_size)
     if init:
-        load_strict(network, load_backbone(init, arch, image_size)[0].state_dict(), f"{init} as {arch}")
-        say(f"{arch} starts from the backbone of {init}")
+        start, _, _, about = load_backbone(init, arch, image_size)
+        load_strict(network, start.state_dict(), f"{init} as {arch}")
+        say(f"starting from the backbone of {about['description']}")
     network.image_size = image_size
     return network
 
@@ -1155,19 +1187,30 @@ class Encoder(nn.Sequential):
     """Backbone and projection head: images (N, 3, H, W) -> embedding (N, dim), not normalised, always float32.
 
     `amp` (None, torch.bfloat16 or torch.float16) is the precision inside. name: the attribute that the head becomes.
+    mean_std: what the backbone's images are normalised with (None: anything). description: of what it was read from.
     """
 
-    def __init__(self, backbone, head, name="head"):
+    def __init__(self, backbone, head, name="head", mean_std=None, description=None):
         super().__init__(OrderedDict({"backbone": backbone, name: head}))
-        self.amp = None
+        self.amp, self.mean_std, self.description = None, mean_std, description
         widths = [module.out_features for module in head.modules() if isinstance(module, nn.Linear)]
         self.dim = widths[-1] if widths else backbone.feature_dim
+        self.convert_from(CIFAR_MEAN_STD if mean_std == CIFAR_MEAN_STD else IMAGENET_MEAN_STD)
+
+    def convert_from(self, mean_std):
+        """Set the normalisation that images come with, to convert it (before: CIFAR's for its own, else ImageNet's)."""
+        (mean, std), (own_mean, own_std) = torch.tensor([mean_std, self.mean_std or mean_std])[..., None, None]
+        shift_scale = torch.stack([mean - own_mean, std]) / own_std
+        equal = self.mean_std in (None, mean_std)  # then nothing is computed
+        device = next(self.parameters(), shift_scale).device
+        self.register_buffer("shift_scale", None if equal else shift_scale.to(device), persistent=False)
 
     def forward(self, images):
         return self.features_and_output(images)[1]
 
     def features_and_output(self, images):
         """Features (N, feature_dim) of the backbone, and the head's output, both float32."""
+        images = images if self.shift_scale is None else self.shift_scale[0].addcmul(images, self.shift_scale[1])
         with torch.autocast(images.device.type, self.amp, enabled=self.amp is not None):
             features = self.backbone(images)
             return features.float(), self[1](features).float()
@@ -1175,6 +1218,7 @@ class Encoder(nn.Sequential):
     @torch.no_grad()
     def features(self, images):
         """Features (N, feature_dim) of the backbone, float32, without gradient."""
+        images = images if self.shift_scale is None else self.shift_scale[0].addcmul(images, self.shift_scale[1])
         with torch.autocast(images.device.type, self.amp, enabled=self.amp is not None):
             return self.backbone(images).float()
 
@@ -1182,8 +1226,8 @@ class Encoder(nn.Sequential):
 class Classifier(Encoder):
     """A labelled network, an Encoder whose head is the linear layer `classifier`: images -> logits (N, classes)."""
 
-    def __init__(self, backbone, classifier):
-        super().__init__(backbone, classifier, "classifier")
+    def __init__(self, backbone, classifier, **options):
+        super().__init__(backbone, classifier, "classifier", **options)
 
     def plain(self):
         """A copy with the classifier back in its place, so that its keys are torchvision's."""
@@ -1200,140 +1244,282 @@ def build_classifier(arch, num_classes, image_size=224, init=None):
     return Classifier(backbone, nn.Linear(backbone.feature_dim, num_classes))
 
 
-# Where files keep what. A file has the first layout whose mark begins one of its keys. backbone, head and classifier
-# are the beginnings of each part's keys; other keys are not read. activation: of the head.
-Layout = namedtuple("Layout", "written_by mark backbone head classifier activation", defaults=(None, None, nn.ReLU))
-LAYOUTS = (
-    Layout("moco_v2.py", "encoder.head.", "encoder.backbone.", "encoder.head."),
-    Layout("disco.py, seed.py", "student.head.", "student.backbone.", "student.head."),
-    Layout("sskd.py", "student.classifier.", "student.backbone.", None, "student.classifier."),
-    Layout("MoCo v1 and v2, DisCo", "encoder_q.", "encoder_q.", "encoder_q.fc."),
-    Layout("SEED", "student.fc.", "student.", "student.fc."),
-    Layout("SwAV, DeepCluster-v2, SeLa-v2", "projection_head.", "", "projection_head.", "prototypes."),
-    Layout("MoCo v3's ResNets", "base_encoder.fc.", "base_encoder.", "base_encoder.fc."),
-    Layout("MoCo v3", "base_encoder.head.", "base_encoder.", "base_encoder.head."),
-    Layout("DINO, iBOT", "head.mlp.", "backbone.", "head.mlp.", activation=nn.GELU),
-    Layout("DINOv2", "dino_head.", "backbone.", "dino_head.mlp.", activation=nn.GELU),
-    Layout("SSKD's students", "proj_head.", "backbone."),
-    Layout("SimCLR", "backbone.fc.0.", "backbone.", "backbone.fc."),
-    Layout("bare and labelled networks of torchvision, CRD and SSKD, vision transformers, or a backbone.pth", "", ""),
-)
-# Keys of vision transformers in the code of DINO, iBOT, MAE, MoCo v3, DINOv2 and timm, and torchvision's for the same
-TRANSFORMER_KEYS = (
-    (r"^cls_token$", "class_token"),
-    (r"^pos_embed$", "encoder.pos_embedding"),
-    (r"^patch_embed\.proj\.(weight|bias)$", r"conv_proj.\1"),
-    (r"\.ls1\.gamma$", ".attn.proj.scale"),
-    (r"\.ls2\.gamma$", ".mlp.fc2.scale"),
-    (r"^blocks\.(\d+\.)?(\d+)\.", r"encoder.layers.encoder_layer_\2."),  # DINOv2 can number chunks of blocks, too
-    (r"\.norm([12])\.", r".ln_\1."),
+# Where files keep what: patterns of the beginnings of each part's keys; other keys are not read. A file is of the first
+# format whose recognised_by its keys have, also behind a prefix, which is left out. activation: of the head.
+FileFormat = namedtuple("FileFormat", "written_by recognised_by backbone head classifier activation",
+                        defaults=(None, None, nn.ReLU))  # fmt: skip
+FILE_FORMATS = (
+    FileFormat("moco_v2.py", r"encoder\.backbone\.", "encoder.backbone.", "encoder.head."),
+    FileFormat("disco.py, seed.py, sskd.py", r"student\.backbone\.", "student.backbone.", "student.head.",
+               "student.classifier."),
+    FileFormat("MoCo v1 and v2, DisCo", r"encoder_q\.", "encoder_q.", "encoder_q.fc."),
+    FileFormat("SEED", r"student\.fc\.", "student.", "student.fc."),
+    FileFormat("SwAV, DeepCluster-v2, SeLa-v2", r"projection_head\.(\d|weight)", "", "projection_head.", "prototypes."),
+    FileFormat("MoCo v3", r"base_encoder\.(fc|head)\.", "base_encoder.", "base_encoder.(fc|head)."),
+    FileFormat("DINO, iBOT, DINOv2", r"(dino_)?head\.mlp\.", "backbone.", "(dino_)?head.mlp.", activation=nn.GELU),
+    FileFormat("SimCLR", r"backbone\.fc\.0\.", "backbone.", "backbone.fc."),
+    FileFormat("bare and labelled networks of torchvision, timm, Hugging Face, CRD, SSKD, or a backbone.pth", "", ""),
+)  # fmt: skip
+# What wraps a state dict, the best first: averaged weights, and of DINO's two networks the teacher
+WRAPPERS = ("state_dict_ema", "ema_state_dict", "model_ema", "ema", "teacher", "state_dict", "model_state_dict",
+            "model", "net", "network", "module")  # fmt: skip
+
+# How a backbone's keys become torchvision's, row by row. It is of the first kind whose recognised_by is one of them;
+# what is in front of that is left out. config: the only values that config.json may have.
+KeyTable = namedtuple("KeyTable", "recognised_by config rows", defaults=({}, ()))
+TRANSFORMER = KeyTable(r"(embeddings\.)?cls_token|class_token", {"hidden_act": "gelu"}, (  # DINO to DINOv2, timm, HF
+    (r"^embeddings\.(patch_embed)dings\.", r"\1."), (r"^embeddings\.", ""),
+    (r"^cls_token$", "class_token"), (r"^reg_token$", "register_tokens"),
+    (r"^(pos_embed|position_embeddings)$", "encoder.pos_embedding"),
+    (r"^patch_embed\.proj(ection)?\.(weight|bias)$", r"conv_proj.\2"),
+    (r"^(blocks|encoder\.layer|layers)\.(\d+\.)?(\d+)\.", r"encoder.layers.encoder_layer_\3."),  # DINOv2: in chunks
+    (r"\.(ls|layer_scale)1\.\w+$", ".attn.proj.scale"), (r"\.(ls|layer_scale)2\.\w+$", ".mlp.fc2.scale"),
+    (r"\.(norm1|ln1|layernorm_before)\.", ".ln_1."), (r"\.(norm2|ln2|layernorm_after)\.", ".ln_2."),
     (r"\.attn\.qkv\.", ".self_attention.in_proj_"),
-    (r"\.attn\.proj\.", ".self_attention.out_proj."),
-    (r"\.mlp\.(fc|linear_)1\.", ".mlp.0."),
-    (r"\.mlp\.(fc|linear_)2\.", ".mlp.3."),
-    (r"^norm\.", "encoder.ln."),
-    (r"^head\.(weight|bias)$", r"heads.head.\1"),
-)
+    (r"\.attention\.(?:attention\.)?([qkv])(?:_proj|uery|ey|alue)\.(.*)", r".self_attention.in_proj_\2.\1"),
+    (r"\.(attn\.proj|attention\.output\.dense|attention\.o_proj)\.", ".self_attention.out_proj."),
+    (r"\.(mlp\.fc1|mlp\.linear_1|ffn\.layers\.0\.0|intermediate\.dense)\.", ".mlp.0."),
+    (r"\.(mlp\.fc2|mlp\.linear_2|ffn\.layers\.1|output\.dense)\.", ".mlp.3."),
+    (r"^(norm|ln1|layernorm)\.", "encoder.ln."), (r"^(head|classifier)\.(weight|bias)$", r"heads.head.\2"),
+))  # fmt: skip
+CONVNEXT = KeyTable(r"stages\.0\.blocks\.0\.conv_dw\.weight|embeddings\.patch_embeddings\.weight|(model\.)?stages\.0\."
+                    r"downsample_layers\.0\.weight|downsample_layers\.0\.0\.weight", {"hidden_act": "gelu"}, (
+    (r"^((model|encoder)\.|norms\..*)", ""),
+    (r"^embeddings\.patch_embeddings\.", "stem.0."), (r"^embeddings\.layernorm\.", "stem.1."),
+    (r"^(stem|downsample_layers\.0|stages\.0\.downsample_layers)\.", "features.0."),
+    (r"^(stages|downsample_layers)\.(\d)\.(downsampl\w+\.)?(?=\d\.[wb]\w+$)", lambda m: f"features.{2 * int(m[2])}."),
+    (r"^stages\.(\d)\.(blocks\.|layers\.)?(\d+)", lambda m: f"features.{2 * int(m[1]) + 1}.{m[3]}.block"),
+    (r"\.block\.(gamma|layer_scale_parameter)$", ".layer_scale"),
+    (r"\.block\.(conv_dw|dwconv|depthwise_conv)\.", ".block.0."),
+    (r"\.block\.(norm|layernorm|layer_norm)\.", ".block.2."),
+    (r"\.block\.(mlp\.fc|pwconv|pointwise_conv)([12])\.", lambda m: f".block.{2 * int(m[2]) + 1}."),
+    (r"^(head\.norm|norm|layernorm|layer_norm)\.", "classifier.0."),
+    (r"^(head\.fc|head|classifier)\.(weight|bias)$", r"classifier.2.\2"),
+))  # fmt: skip
+RESNET = KeyTable(r"embedder\.embedder\.convolution\.weight|4\.0\.conv1\.weight",  # Hugging Face; layers by number
+                  {"hidden_act": "relu", "downsample_in_bottleneck": False, "downsample_in_first_stage": False}, (
+    (r"^(0|embedder\.embedder\.convolution)\.", "conv1."), (r"^(1|embedder\.embedder\.normalization)\.", "bn1."),
+    (r"^([4-7])\.", lambda m: f"layer{int(m[1]) - 3}."),
+    (r"^encoder\.stages\.(\d)\.layers\.", lambda m: f"layer{int(m[1]) + 1}."),
+    (r"\.layer\.(\d)\.(conv)?\w+\.", lambda m: f".{m[2] or 'bn'}{int(m[1]) + 1}."), (r"^classifier\.1\.", "fc."),
+    (r"\.shortcut\.convolution\.", ".downsample.0."), (r"\.shortcut\.normalization\.", ".downsample.1."),
+))  # fmt: skip
+KEY_TABLES = TRANSFORMER, CONVNEXT, RESNET, KeyTable(r"(conv1|features|stem|block0)(\.conv0|\.0)*\.weight")
+SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+               "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+               "BOOL": torch.bool}  # fmt: skip
+# What the pickle of a numpy scalar calls, none of it code of the file; numpy 1 had the other name
+NUMPY_SCALAR = np.float64(0).__reduce__()[0]
+SAFE_GLOBALS = [*((NUMPY_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")), np.dtype,
+                _codecs.encode, *(type(np.dtype(code)) for code in "?bhilqBHILQefdg")]  # fmt: skip
+EXPORT = "export it and pass FILE.pt2, see docs/teachers.md"
+
+
+def weights_file(path):
+    """The file of weights in a folder of timm or Hugging Face; else the path itself."""
+    files = Path(path, "model.safetensors"), Path(path, "pytorch_model.bin")
+    return next((file for file in files if file.is_file()), path)
 
 
 def load_file(path, whole=False):
-    """Read tensors and plain values of a checkpoint onto the CPU, or raise UserError; whole: check all bytes before."""
+    """Read tensors and plain values of a checkpoint or safetensors onto the CPU, or raise UserError.
+
+    The content tells which it is. whole: check all bytes before.
+    """
+    start = b""
     try:
+        with open(path, "rb") as file:
+            start = file.read(50)
+        if start[8:9] == b"{" or str(path).endswith(".safetensors"):
+            return load_safetensors(bytearray(Path(path).read_bytes()))
         if whole and (changed := zipfile.ZipFile(path).testzip()):
             raise ValueError(f"wrong checksum of {changed}")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(SAFE_GLOBALS):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"no file {path}") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder without model.safetensors or pytorch_model.bin: pass its file, and "
+                        "join one in parts with save_pretrained(max_shard_size='99GB')") from None  # fmt: skip
     except Exception as error:
-        code = re.search(r"GLOBAL (\S+)", str(error))  # of torch's message about objects
-        why = f"{code[1]} could run code: save the state dict alone" if code else str(error).partition("\n")[0]
+        known = {"git-lfs": "a pointer of git-lfs: fetch the file itself with git lfs pull",
+                 "TorchScript": "a TorchScript program: load it in Python and save its state_dict()",
+                 "weights_only": "neither a file of torch.save nor safetensors"}  # fmt: skip
+        why = next((known[sign] for sign in known if sign in f"{start}{error}"), str(error).partition("\n")[0])
+        if code := re.search(r"GLOBAL (\S+)", str(error)):  # of torch's message about objects
+            why = f"{code[1]} could run code: save the state dict alone"
         raise UserError(f"{path} is not a readable checkpoint ({why})") from None
 
 
-def load_teacher(path, arch=None, image_size=None, trust=False):
+def load_safetensors(content):
+    """Tensors of a file's bytes: 8 with the length of the header, the header in JSON, and the data, little-endian."""
+    start, state = 8 + int.from_bytes(content[:8], "little"), {}
+    try:
+        header, data = json.loads(content[8:start]), torch.frombuffer(content, dtype=torch.uint8)[start:]
+        for key in header.keys() - {"__metadata__"}:
+            part = data[slice(*header[key]["data_offsets"])].clone()  # shorter than its shape where the file ends
+            state[key] = part.view(SAFETENSORS[header[key]["dtype"]]).view(header[key]["shape"])
+        return state
+    except Exception as error:
+        raise ValueError(f"safetensors that are cut off or damaged: {error}") from None
+
+
+def load_teacher(path, arch=None, image_size=None, trust=False, mean_std=None):
     """Read a network with its projection head, frozen and in eval mode.
 
-    path: a file of any layout in `LAYOUTS`; "torchvision" for its labelled weights of `arch`, fetched where missing;
-    or, with `trust`, a .pt2 program of torch.export. The architecture is read from the file; `arch` insists on one.
-    image_size: of a vision transformer (default: the file's own). Returns an Encoder; without a head in the file its
-    embedding is the features. Raises UserError for a file that fits nothing or only in part.
+    path: a file of any format in `FILE_FORMATS`, or a folder of timm or Hugging Face; "torchvision" for its labelled
+    weights of `arch`, fetched where missing; or, with `trust`, a .pt2 program of torch.export. The architecture is read
+    from the file; `arch` insists on one. image_size: of a vision transformer (default: the file's own). mean_std: see
+    `describe`. Returns an Encoder; without a head in the file its embedding is the features. Raises UserError for a
+    file that fits nothing or only in part.
     """
     if not str(path).endswith(".pt2"):
-        backbone, head, _ = load_backbone(path, arch, image_size)
+        backbone, head, _, about = load_backbone(path, arch, image_size, mean_std)
     elif trust:
         backbone, head = Program(path, image_size), nn.Identity()
+        what = "a program" + ", whose 1000 numbers look like logits," * (backbone.feature_dim == 1000)
+        about = describe(path, what, backbone, {}, mean_std)
     else:
         raise UserError(f"{path} is a program, which can run any code: pass --trust-teacher if you trust its author")
-    return Encoder(backbone, head).requires_grad_(False).eval()
+    return Encoder(backbone, head, **about).requires_grad_(False).eval()
 
 
-def load_classifier(path, arch=None, num_classes=None, image_size=None):
+def load_classifier(path, arch=None, num_classes=None, image_size=None, mean_std=None):
     """Read a labelled network, a frozen Classifier in eval mode; arguments and errors as in `load_teacher`."""
     if str(path).endswith(".pt2"):
         raise UserError(f"{path} is a program and has no linear classifier: a network trained with labels is needed")
-    backbone, _, state = load_backbone(path, arch, image_size)
-    if state.keys() != {"weight", "bias"}:
-        raise UserError(f"{path} holds no linear classifier: a network trained with labels is needed")
+    backbone, _, state, about = load_backbone(path, arch, image_size, mean_std)
+    if state.keys() != {"weight", "bias"} or state["weight"].shape[1] != backbone.feature_dim:
+        raise UserError(f"{path} holds no linear classifier of its features: a network trained with labels is needed")
     classifier = build_head(path, state)
     if num_classes not in (None, classifier.out_features):
         raise UserError(f"{path} has {classifier.out_features} classes, --data has {num_classes}")
-    return Classifier(backbone, classifier).requires_grad_(False).eval()
+    return Classifier(backbone, classifier, **about).requires_grad_(False).eval()
 
 
-def load_backbone(path, arch, image_size=None):
-    """The backbone and the head of a file, with their weights, and the state dict of its classifier.
+def load_backbone(path, arch, image_size=None, mean_std=None):
+    """The backbone and the head of a file, with their weights, the state dict of its classifier, and `describe`'s dict.
 
     backbone.image_size is `image_size`, or else the size that the network was trained at, as far as it is known.
     """
-    checkpoint = torchvision_weights(arch) if path == "torchvision" else load_file(path)
-    layout, parts = split_state(path, checkpoint)
-    state, classifier = parts["backbone"], parts["classifier"]
+    file, beside = "" if path == "torchvision" else weights_file(path), {}
+    checkpoint = load_file(file) if file else torchvision_weights(arch)
+    file_format, table, parts, source = split_state(path, checkpoint)
+    state, head, classifier = parts["backbone"], parts["head"], parts["classifier"]
+    for name in ("config.json", "preprocessor_config.json"):  # of our runs, timm and Hugging Face
+        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+            content = json.loads(Path(file).with_name(name).read_text())
+            beside |= content | content.get("model_args", {}) | content.get("pretrained_cfg", {})
+    beside |= {key: checkpoint[key] for key in ("image_size", "mean_std") if key in checkpoint}
+    for key, value in table.config.items():
+        if beside.get(key, value) != value:
+            raise UserError(f"{path} has {key} {beside[key]} in config.json, where {value} is known here: {EXPORT}")
     if not arch and checkpoint.get("arch") in NETWORK_NAMES:
         arch = checkpoint["arch"]
-    if state.keys() & {"cls_token", "class_token"} and (not arch or arch.startswith("vit_")):
-        backbone, state = build_transformer(path, state, image_size, layout.written_by == "MoCo v3")
+    data = (beside.get("arguments") or {}).get("data")  # of runs that kept no mean_std
+    if table is TRANSFORMER and (not arch or arch.startswith("vit_")):
+        name, backbone, state = build_transformer(path, state, beside, image_size, file_format.written_by == "MoCo v3")
     else:
-        arch, backbone, state = infer_arch(path, state, arch)
-        size = image_size or checkpoint.get("image_size")
-        # A backbone.pth has the config.json of its run beside it
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            size = size or json.loads(Path(path).with_name("config.json").read_text()).get("image_size")
+        name, backbone, state = infer_arch(path, state, arch)
+        data = data or "cifar" * (name in CIFAR_NETWORKS and backbone.image_size == 32)
+        size = image_size or beside.get("image_size")
         backbone.image_size = size if isinstance(size, int) else backbone.image_size
+    if name.startswith("convnext"):
+        default = 1e-12 if beside.get("model_type") == "convnext" else 1e-6  # the first in Hugging Face's own
+        backbone.classifier[0].eps = beside.get("layer_norm_eps", default)
     for part in ("weight", "bias"):
         if f"{backbone.classifier_name}.{part}" in state:
             classifier[part] = state.pop(f"{backbone.classifier_name}.{part}")
-    load_strict(backbone, state, f"{path} as {arch or 'a vision transformer'}", assign=True)
-    return backbone, build_head(path, parts["head"], layout.activation), classifier
+    for key, value in [*state.items(), *head.items(), *classifier.items()]:
+        if not value.isfinite().all():
+            raise UserError(f"{path} holds weights that are not finite ({key})")
+    load_strict(backbone, state, f"{path} as {name}", assign=True, advice=f"; for another network, {EXPORT}")
+    widths = [len(value) for value in head.values() if value.ndim == 2]
+    what = name + source + (f", embedding of {widths[-1]} of its head" if widths else ", no head")
+    usual = ((0.5,) * 3,) * 2 if name == "efficientnet_v2_l" else IMAGENET_MEAN_STD
+    usual = CIFAR_MEAN_STD if str(data).startswith("cifar") else usual
+    about = describe(path, what, backbone, beside, mean_std, usual)
+    return backbone, build_head(path, head, file_format.activation), classifier, about
+
+
+def describe(path, what, backbone, beside, given=None, usual=IMAGENET_MEAN_STD):
+    """{"mean_std", "description"} of an Encoder: what its images are normalised with, and a line about what was read.
+
+    The numbers are `given`, two or six, or those of the files beside it, or the usual ones.
+    """
+    pairs = [(beside.get(f"{kind}mean"), beside.get(f"{kind}std")) for kind in ("image_", "")]
+    numbers = next(found for found in (given, beside.get("mean_std"), *pairs, usual) if found and None not in found)
+    try:
+        mean, std = np.broadcast_to(np.array(numbers, float).reshape(2, -1), (2, 3)).tolist()
+        if not 0 < min(std) <= max(std) < math.inf or not np.isfinite(mean).all():
+            raise ValueError
+    except (ValueError, TypeError):
+        raise UserError(f"{path}: {numbers} cannot normalise images: pass --teacher-mean-std with the means of red, "
+                        "green and blue and the deviations, or one of each") from None  # fmt: skip
+    origin = "--teacher-mean-std" if given else "assumed" if numbers is usual else "read"
+    digits = " / ".join(" ".join(f"{value:.4g}" for value in values) for values in (mean, std))
+    line = f"{path}: {what}, features of {backbone.feature_dim}, images normalised by {digits} ({origin})"
+    return {"mean_std": (tuple(mean), tuple(std)), "description": line}
 
 
 def torchvision_weights(arch):
     """torchvision's labelled weights, fetched where missing, in the form of a file."""
-    if arch in ("googlenet", "inception_v3", "efficientnet_v2_l"):
-        raise UserError(f"torchvision's weights of {arch} expect images that are normalized in another way")
     try:
-        network = torchvision.models.get_model(arch, weights="DEFAULT", progress=rank() == 0)
+        network = LARGE_NETWORKS[arch](weights="DEFAULT", progress=rank() == 0)
         return {"state_dict": network.state_dict(), "image_size": 224}
-    except (ValueError, TypeError, AttributeError, OSError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, OSError) as error:
         raise UserError(f"torchvision has no weights for {arch} ({error}): pass --teacher-arch or --arch") from None
 
 
 def split_state(path, checkpoint):
-    """The layout of a file's content, and the state dicts of its parts: backbone, head and classifier."""
-    state = checkpoint if isinstance(checkpoint, dict) else {}
-    for wrapper in ("model", "state_dict", "teacher"):  # of DINO's two networks the teacher is better
-        state = state[wrapper] if isinstance(state.get(wrapper), dict) else state
-    # "module." is DataParallel's, whatever the layout, and some nested it
-    state = {re.sub(r"^(module\.)+", "", str(k)): v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    """A file's format, its backbone's key table, its parts (backbone, head, classifier), and words on where they were.
+
+    The parts are state dicts; the backbone's has torchvision's keys.
+    """
+    state, places, parts = checkpoint if isinstance(checkpoint, dict) else {}, [], {}
+    while wrapper := next((name for name in WRAPPERS if isinstance(state.get(name), dict)), None):
+        state = state[wrapper]
+        places.append(wrapper)
+    state = {str(key): value for key, value in state.items() if isinstance(value, torch.Tensor) and key != "n_averaged"}
     if not state:
         raise UserError(f"{path} holds no network's weights")
+    # DataParallel and torch.compile put these anywhere in front of a key, several times
+    state = {re.sub(r"(^|\.)((module|_orig_mod)\.)+", r"\1", key): value for key, value in state.items()}
     state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
-    layout = next(layout for layout in LAYOUTS if any(key.startswith(layout.mark) for key in state))
-    parts = {}
+    file_format, outer = recognise(FILE_FORMATS, state)
     for part in ("head", "classifier", "backbone"):  # in this order: the backbone's prefix may begin the others, too
-        prefix = getattr(layout, part)
-        keys = [key for key in state if prefix is not None and key.startswith(prefix)]
-        parts[part] = {key.removeprefix(prefix): state.pop(key) for key in keys}
-    return layout, parts
+        pattern = getattr(file_format, part)
+        found = {
+            key: re.match(re.escape(outer) + pattern.replace(".", r"\."), key) for key in state if pattern is not None
+        }
+        parts[part] = {key[match.end() :]: state.pop(key) for key, match in found.items() if match}
+    table, prefix = recognise(KEY_TABLES, parts["backbone"], "$")
+    backbone = {}
+    for key, value in parts["backbone"].items():
+        label = re.fullmatch(r"(|.*\.)(classifier|head|fc)(\.1|\.fc)?\.(weight|bias)", key)
+        if label and not key.startswith(prefix) and prefix.startswith(label[1]):  # a classifier beside the backbone
+            parts["classifier"][label[4]] = value
+        if key.startswith(prefix):
+            key = key.removeprefix(prefix)
+            for pattern, name in table.rows:
+                key = re.sub(pattern, name, key)
+            backbone[key] = value[:, None, None] if key.endswith("layer_scale") and value.ndim == 1 else value
+    backbone.pop("", None)
+    place = ".".join([*places, outer + prefix]).strip(".")
+    average = "averaged (EMA) " * bool(re.search(r"(^|[._])ema", place))
+    return file_format, table, parts | {"backbone": backbone}, f", {average}weights of {place}" * bool(place)
+
+
+def recognise(kinds, state, end=""):
+    """The first of some formats or tables that the keys of a state dict fit, and what stands in front of them there."""
+    for kind in kinds:
+        found = {match[1] for key in state if (match := re.match(rf"(|.*?\.)({kind.recognised_by}){end}", key))}
+        # A whole network and no part of one; of several the teacher's, and not the average that a student has
+        found = [prefix for prefix in found if 5 * sum(key.startswith(prefix) for key in state) >= len(state)]
+        orders = r"(^|[._])(teacher|ema)", r"^(?!.*(momentum|target))"
+        if found:
+            return kind, max(found, key=lambda prefix: ([bool(re.search(o, prefix)) for o in orders], -len(prefix)))
+    return kinds[-1], ""
 
 
 def build_head(path, state, activation=nn.ReLU):
@@ -1355,25 +1541,34 @@ def build_head(path, state, activation=nn.ReLU):
     return head
 
 
-def build_transformer(path, state, image_size=None, moco_v3=False):
-    """torchvision's VisionTransformer, on the meta device, for a state dict of any origin, and the dict with its keys.
+def build_transformer(path, state, beside, image_size=None, moco_v3=False):
+    """A name, torchvision's VisionTransformer on the meta device for a state dict of any origin, and the dict for it.
 
     LayerScale (DINOv2) is multiplied into the layer before it; registers become class tokens without a position.
-    Positions are interpolated where image_size is not the file's, as the code of DINO and, with registers, DINOv2 does.
+    Positions are interpolated where image_size is not the file's, as the code does that the file is from.
     """
-    state = {key: value for key, value in state.items() if not key.startswith(("mask", "decoder_"))}  # for training
-    for pattern, name in TRANSFORMER_KEYS:
-        state = {re.sub(pattern, name, key): value for key, value in state.items()}
+    state = {key: value for key, value in state.items() if not key.startswith(("mask", "decoder", "pooler"))}
+    split = [key.removesuffix(".q") for key in state if key.endswith(".q")]  # Hugging Face's queries, keys and values
     try:
-        width, _, patch, _ = state["conv_proj.weight"].shape
-        hidden = len(state["encoder.layers.encoder_layer_0.mlp.0.weight"])
         positions = state["encoder.pos_embedding"]
-        grid = math.isqrt(positions.shape[1] - 1)
+        width, _, patch, _ = state["conv_proj.weight"].shape
+        grid = math.isqrt(positions.shape[1])
+        bare = positions.shape[1] == grid**2  # timm's, where the class token has no position
+        positions = F.pad(positions, (0, 0, int(bare), 0))
         first, rest = positions.split([1, grid**2], dim=1)
-    except (KeyError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} is unlike torchvision's VisionTransformer in {error}, perhaps with SwiGLU, a "
-                        "convolutional stem or rotary positions: export it and pass FILE.pt2") from None  # fmt: skip
-    for layer in [key.removesuffix(".scale") for key in state if key.endswith(".scale")]:
+        for key in split:
+            state[key] = torch.cat([state.pop(f"{key}.{part}") for part in "qkv"])
+        hidden = len(state["encoder.layers.encoder_layer_0.mlp.0.weight"])
+        known = beside.get("num_attention_heads") or beside.get("num_heads")
+        heads = known or {1280: 16, 1408: 16, 1664: 16, 384: 12 if moco_v3 else 6}.get(width, max(1, width // 64))
+        if width % heads:
+            raise ValueError(f"{heads} heads of {width} dimensions")
+    except (KeyError, ValueError, RuntimeError, TypeError) as error:
+        raise UserError(f"{path} is unlike torchvision's VisionTransformer in {error}, as with SwiGLU, a convolutional "
+                        f"stem, two class tokens, relative or rotary positions: {EXPORT}") from None  # fmt: skip
+    layers = [key.removesuffix(".scale") for key in state if key.endswith(".scale")]
+    vit = split and not layers and beside.get("model_type") != "vit_msn"  # Hugging Face's ViT and MAE
+    for layer in layers:
         scale = state.pop(f"{layer}.scale")
         for key in {f"{layer}.weight", f"{layer}.bias"} & state.keys():
             state[key] = torch.einsum("o,o...->o...", scale, state[key])
@@ -1382,20 +1577,24 @@ def build_transformer(path, state, image_size=None, moco_v3=False):
         raise UserError(f"{path}: patches of {patch} pixels do not divide images of {image_size}: change --image-size")
     size = image_size // patch if image_size else grid
     if size != grid:
-        how = {"size": (size, size), "antialias": True} if registers.numel() else {"scale_factor": (size + 0.1) / grid}
+        how = {"size": (size, size), "antialias": registers.numel() > 0 or bare or "architecture" in beside}
+        if not split and not how["antialias"]:
+            how = {"scale_factor": (size + 0.1) / grid}
         rest = rest.unflatten(1, (grid, grid)).permute(0, 3, 1, 2)
         rest = F.interpolate(rest, mode="bicubic", **how).flatten(2).transpose(1, 2)
     state["encoder.pos_embedding"] = torch.cat([first, torch.zeros_like(registers), rest], dim=1)
     state["class_token"] = torch.cat([state["class_token"], registers], dim=1)
 
     depth = sum(key.endswith(".ln_1.weight") for key in state)
-    heads = 12 if moco_v3 and width == 384 else 16 if width == 1280 else max(1, width // 64)
+    norm = partial(nn.LayerNorm, eps=beside.get("layer_norm_eps", 1e-12 if vit else 1e-6))
     with torch.device("meta"):
-        network = torchvision.models.VisionTransformer(size * patch, patch, depth, heads, width, hidden)
+        size = size * patch
+        network = torchvision.models.VisionTransformer(size, patch, depth, heads, width, hidden, norm_layer=norm)
         network.class_token = nn.Parameter(torch.empty(state["class_token"].shape))
         network.encoder.pos_embedding = nn.Parameter(torch.empty(state["encoder.pos_embedding"].shape))
     remove_classifier(network)
-    return network, state
+    origin = "config.json" if known else "a guess from the width"
+    return f"a vision transformer of {depth} blocks, {heads} heads ({origin})", network, state
 
 
 class Program(nn.Module):
@@ -1406,6 +1605,7 @@ class Program(nn.Module):
 
     def __init__(self, path, image_size=None):
         super().__init__()
+        logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # it repeats what is raised
         try:
             self.program = torch.export.load(path)
             for node in list(self.program.graph.nodes):
@@ -1417,7 +1617,8 @@ class Program(nn.Module):
         except Exception as error:
             reason = (str(error) or type(error).__name__).partition("\n")[0]
             raise UserError(f"{path} is not a program that turns any number of images of --image-size into features "
-                            f"(N, D) ({reason}): export it with a dynamic batch, at this size") from None  # fmt: skip
+                            f"(N, D) ({reason}): export it with a dynamic batch, at this size, in a wrapper that "
+                            "returns one tensor") from None  # fmt: skip
 
     def forward(self, images):
         return self.network(images.contiguous())  # in the layout that it was exported with
@@ -1439,14 +1640,18 @@ def infer_arch(path, state, arch=None):
     Raises UserError where no network has similar shapes. Keys of CRD's files become those of `CIFAR_NETWORKS`, in their
     order.
     """
-    # The last matrix of the file is a classifier of any number of classes, or there is none
+    # The last matrix of this name is a classifier of any number of classes, or there is none
     count = sum(value.numel() for value in state.values())
-    matrix = ([value for value in state.values() if value.ndim == 2] or [torch.empty(1000, 0)])[-1]
+    matrices = [key for key in state if re.match("classifier|fc|head|linear", key) and state[key].ndim == 2]
+    matrix = state[max(matrices)] if matrices else torch.empty(1000, 0)
+    crd = any(re.match(r"block0\.0\.|blocks\.0\.|linear\.|layer1\.0\.shortcut", key) for key in state)
     counts = count, count + (1000 - len(matrix)) * matrix.shape[1]
     near = sorted(PARAMETERS, key=lambda name: min(abs(PARAMETERS[name] - n) for n in counts))[:12]
-    size = 32 if "conv1.weight" in state and state["conv1.weight"].shape[-1] == 3 else 224
-    # CIFAR's networks have at most 24 million parameters, the widened ones at least 94
-    others = [(name, 32) for name in CIFAR_NETWORKS] if min(counts) < 4e7 else [(name, 224) for name in WIDENED]
+    kernel = min((state[key].shape[-1] for key in state if re.fullmatch(KEY_TABLES[-1].recognised_by, key)), default=7)
+    size = 32 if "conv1.weight" in state and kernel == 3 else 224
+    # CIFAR's networks begin with small kernels and have at most 24 million parameters, the widened ones at least 94
+    others = [(name, 32) for name in CIFAR_NETWORKS if kernel <= 3]
+    others = others if min(counts) < 4e7 else [(name, 224) for name in WIDENED]
     trials = [(name, size) for name in near if ("regnet" in name) == any("trunk_" in key for key in state)] + others
     best = (-1,)
     for name, image_size in [(arch, size), (arch, 32)] if arch else trials:
@@ -1454,7 +1659,7 @@ def infer_arch(path, state, arch=None):
             backbone = build_backbone(name, image_size)
         expected, found = {key: value.shape for key, value in backbone.state_dict().items()}, state
         classifier = [f"{backbone.classifier_name}.weight", f"{backbone.classifier_name}.bias"]
-        if name in CIFAR_NETWORKS and len(state) - len(expected) in (0, 2) and not expected.keys() <= state.keys():
+        if crd and len(state) - len(expected) in (0, 2) and not expected.keys() <= state.keys():
             found = dict(zip([*expected, *classifier], state.values(), strict=False))
         shapes = {key: value.shape for key, value in found.items() if key not in classifier}
         same = len(expected.items() & shapes.items()) / max(len(expected), len(shapes))
@@ -1463,20 +1668,18 @@ def infer_arch(path, state, arch=None):
             break
     if best[0] <= 0.5 and not arch:
         some = ", ".join(f"{key} {list(value.shape)}" for key, value in list(state.items())[:3])
-        known = "; ".join(layout.written_by for layout in LAYOUTS)
-        raise UserError(f"{path} fits no network known here (it begins with {some}); files of these are read: {known}")
+        known = "; ".join(file_format.written_by for file_format in FILE_FORMATS)
+        raise UserError(f"{path} fits no network known here (it begins with {some}): {EXPORT}; these files are read: "
+                        f"{known}")  # fmt: skip
     return best[1:]
 
 
-def load_strict(module, state, what, assign=False):
+def load_strict(module, state, what, assign=False, advice=""):
     """Load a state dict, with `assign` without a copy; raises UserError, naming keys, where it does not fit."""
-    # MNASNet requires the version of its state dict, which a plain dict does not keep
-    state, mnasnet = OrderedDict(state), torchvision.models.MNASNet
-    state._metadata = {name: {"version": 2} for name, part in module.named_modules() if isinstance(part, mnasnet)}
     try:
         module.load_state_dict(state, assign=assign)
     except RuntimeError as error:
-        raise UserError(f"{what} does not fit: {textwrap.shorten(str(error), 400)}") from None
+        raise UserError(f"{what} does not fit: {textwrap.shorten(str(error), 400)}{advice}") from None
 
 
 # ----------------------------------------------------------------------------------------------------------- Evaluation
@@ -1509,7 +1712,8 @@ def extract_features(encoder, dataset, image_size, batch_size, workers, device):
     encoder.train(training)
     labels = gather(labels)
     if (labels < 0).all():
-        raise UserError(f"none of {len(dataset)} images can be read, for one {min(UNREADABLE.items(), default='')}")
+        name, reason = min(UNREADABLE.items(), default=("", ""))
+        raise UserError(f"none of {len(dataset)} images can be read, for one {name} ({reason})")
     return features, labels
 
 
@@ -1560,17 +1764,14 @@ def knn_accuracy(train, val, ks, num_classes, temperature=0.07):
     return {"knn": plain, "knn_weighted": weighted}
 
 
-def knn_probe(encoder, args, image_size, device):
-    """A function that returns {"knn": 20-NN accuracy in percent} of an Encoder; None without --knn-every."""
-    if not args.knn_every:
-        return None
-    sets = load_labelled(args.data, args.data_root, device, image_size)
+def knn_probe(encoder, args, sets, image_size, device):
+    """A function that returns {"knn": 20-NN accuracy in percent} of an Encoder on a training and a validation set."""
 
     def evaluate():
         train, val = (extract_features(encoder, x, image_size, args.batch_size, args.workers, device) for x in sets)
         return {"knn": knn_accuracy(train, val, [20], len(sets[0].classes))["knn"][20]}
 
-    return evaluate
+    return evaluate if sets else None
 
 
 # ----------------------------------------------------------------------------------------------------------------- Runs
@@ -1589,7 +1790,7 @@ def writing(path, mode="ab"):
         with open(path, mode) as file:
             yield file
     except (OSError, RuntimeError) as error:
-        cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save hides it
+        cause = error.__context__ or error if isinstance(error, RuntimeError) else error  # torch.save hides it
         if not isinstance(cause, OSError) and "PytorchStreamWriter" not in str(error):
             raise
         raise UserError(f"cannot write {path} ({cause}): correct that, then run the same command again") from None
@@ -1597,7 +1798,10 @@ def writing(path, mode="ab"):
 
 def save_from_cpu(content, file):
     """torch.save with all tensors moved to the CPU, so that a machine without a GPU can load the file."""
-    torch.save(tree_map(lambda x: x.cpu() if isinstance(x, torch.Tensor) else x, content), file)
+    copied = tree_map(lambda x: x.cpu() if isinstance(x, torch.Tensor) else x, content)
+    if hasattr(content, "_metadata"):  # of a state dict: versions of modules
+        copied._metadata = content._metadata
+    torch.save(copied, file)
 
 
 def atomic_write(path, write):
@@ -1612,8 +1816,12 @@ def atomic_write(path, write):
 
 def describe_files(names):
     """Hashes of the files that an argument names, a list; a word that names none, as torchvision, stays as it is."""
-    paths = map(Path, [names] if isinstance(names, str) else names)
-    return [hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else str(path) for path in paths]
+    hashes = []
+    for name in [names] if isinstance(names, str) else names:
+        files = [Path(weights_file(name)), *(sorted(Path(name).glob("*.json")) if Path(name).is_dir() else ())]
+        content = hashlib.sha256(b"".join(file.read_bytes() for file in files if file.is_file())).hexdigest()
+        hashes.append(content[:16] if files[0].is_file() else name)
+    return hashes
 
 
 class Run:
@@ -1621,7 +1829,7 @@ class Run:
 
     The same command in the same folder continues where it stopped. Refused are other arguments, another content of the
     `datasets`, and another content of the files that the arguments of `INPUTS` name; these may lie anywhere.
-    metadata: what else config.json and the checkpoints hold.
+    metadata: what else config.json and the checkpoints hold; `loaded` is printed, too.
     """
 
     def __init__(self, script, args, *datasets, **metadata):
@@ -1636,13 +1844,13 @@ class Run:
             signal.signal(number, self.stop)
         if rank() > 0:
             return
-        inputs = {"data": [describe_content(dataset) for dataset in datasets]}
+        inputs = {f"data {n}" if n else "data": describe_content(dataset) for n, dataset in enumerate(datasets)}
         inputs |= {name: describe_files(vars(args)[name]) for name in INPUTS if vars(args).get(name)}
         failed, commit = subprocess.getstatusoutput(f'git -C "{Path(__file__).parent}" rev-parse HEAD 2> /dev/null')
         versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
         versions |= {"python": platform.python_version(), "git_commit": None if failed else commit}
         config = {"script": script, **metadata, "arguments": vars(args), "inputs": inputs, "versions": versions,
-                  "processes": world_size(), "classes": list(datasets[0].classes) if datasets else []}  # fmt: skip
+                  "processes": world_size(), "classes": list(datasets[-1].classes) if datasets else []}  # fmt: skip
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock()
@@ -1652,6 +1860,8 @@ class Run:
         self.write("config.json", config)
         self.identity = json.dumps([config["inputs"], {name: value for name, value in vars(args).items()
                                                        if name not in MAY_CHANGE_ON_RESUME}])  # fmt: skip
+        for line in metadata.get("loaded", ()):
+            print(line, file=sys.stderr)
 
     def lock(self):
         """Refuse a folder in which another process works. The lock ends with its process."""
@@ -1675,27 +1885,33 @@ class Run:
             names = sorted(name for name in (old.keys() & new.keys()) - MAY_CHANGE_ON_RESUME if old[name] != new[name])
             found = [f"{name.replace('_', '-')} {old[name]} there, {new[name]} here" for name in names]
             old, new = json.loads(path.read_text())["inputs"], config["inputs"]
-            names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+            k_nn = {"data 1", "data 2"} & (old.keys() ^ new.keys())  # of --knn-every, which may come and go
+            names = sorted(name for name in (old.keys() | new.keys()) - k_nn if old.get(name) != new.get(name))
             found += [f"{name} {old.get(name, 'unknown')} there, {new.get(name)} here" for name in names]
         else:
             names = "checkpoint.pth", "backbone.pth", "eval.json"
             found = [f"{name}, but no config.json" for name in names if (self.folder / name).exists()]
         if found:
             raise UserError(f"{self.folder} holds another run ({'; '.join(found)}): pass another --out")
+        log = self.folder / "log.jsonl"
+        if log.exists() and log.stat().st_size and not (self.folder / "checkpoint.pth").exists():
+            raise UserError(f"{self.folder} holds the log of a run without its checkpoint.pth: pass another --out")
 
     def start_or_resume(self, model, optimizer, scaler, frozen=None, of=None):
         """Load checkpoint.pth into model, optimizer and scaler; without one, save the start.
 
         Rank 0 reads it for all processes. frozen: a part of the model that checkpoints leave out. of: number and name
-        of the weights that are evaluated; a checkpoint of others is ignored. Raises UserError if only the log is there.
+        of the weights that are evaluated; a checkpoint of the ones before is ignored.
         """
         names = [f"{name}.{key}" for name, part in model.named_modules() if part is frozen for key in part.state_dict()]
         self.state, self.frozen, self.of = (model, optimizer, scaler), names, of
         path, log = self.folder / "checkpoint.pth", self.folder / "log.jsonl"
-        if rank() == 0 and not path.exists() and log.exists() and log.stat().st_size:
-            raise UserError(f"{self.folder} holds the log of a run without its checkpoint.pth: pass another --out")
         checkpoint = broadcast(load_file(path, whole=True) if rank() == 0 and path.exists() else {})
-        if checkpoint.get("of") != (of and of[0]):
+        if checkpoint and of and checkpoint.get("of") != of[0]:
+            if checkpoint.get("of") != of[0] - 1:
+                raise UserError(
+                    f"{self.folder} holds the log of an evaluation without its eval.json: pass another --out"
+                )
             checkpoint = {}
         self.step = checkpoint.get("step", 0)
         if not checkpoint:

@@ -134,8 +134,10 @@ def main():
         raise common.UserError(f"--queue-size {args.queue_size} is smaller than --batch-size {args.batch_size}")
     device = common.init_device(args.seed)
     size = args.image_size or common.default_image_size(args.data)
-    teacher = common.load_teacher(args.teacher, args.teacher_arch, size, args.trust_teacher)
+    teacher = common.load_teacher(args.teacher, args.teacher_arch, size, args.trust_teacher, args.teacher_mean_std)
     dataset = common.load_dataset(args.data, args.data_root, "pretrain", device, size)
+    knn_sets = common.load_labelled(args.data, args.data_root, device, size) if args.knn_every else ()
+    teacher.convert_from(common.mean_std_of(dataset))
     common.check_input_size(teacher.backbone, args.teacher, size)
     view = common.View(size, scale=(0.2, 1.0), flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, grey=0.2,
                        blur=(0.1, 2.0), blur_p=0.5)  # fmt: skip
@@ -153,13 +155,14 @@ def main():
     optimizer = common.sgd(student.parameters(), args.lr, args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
 
-    run = common.Run("disco", args, dataset, arch=args.student, image_size=size)
+    run = common.Run("disco", args, dataset, *knn_sets, arch=args.student, image_size=size, mean_std=common.mean_std_of(dataset),
+                     loaded=[teacher.description])  # fmt: skip
     run.start_or_resume(model, optimizer, scaler, frozen=model.teacher)  # not saved
     if args.compile:
         for network in model.children():
             network.compile()
     ddp_model = common.distribute(model)
-    evaluate = common.knn_probe(student, args, size, device)
+    evaluate = common.knn_probe(student, args, knn_sets, size, device)
 
     for epoch in run.epochs(args.epochs, len(loader), evaluate, args.knn_every):  # from where it stopped
         lr = cosine_lr(args.lr, epoch, args.epochs)
@@ -178,9 +181,10 @@ def main():
 def parse_args():
     parser = common.common_parser("disco", __doc__, epochs=200, batch_size=256, lr=0.03, weight_decay=1e-4)
     add = parser.add_argument
-    add("--teacher", required=True, help="teacher's file, or torchvision for labelled weights of --teacher-arch")
+    add("--teacher", required=True, help="teacher's file or folder, or torchvision: labelled weights of --teacher-arch")
     add("--teacher-arch", help="the teacher's network (default: read from its file)")
     add("--trust-teacher", action="store_true", help="run a .pt2 teacher, which can hold any code")
+    add("--teacher-mean-std", type=float, nargs="+", metavar="X", help="means, deviations of its images (its own)")
     add("--student", required=True, help="network, any of torchvision's or of CIFAR's (common.CIFAR_NETWORKS)")
     add("--hidden-dim", type=common.positive_int, default=2048, help="of the student's head (default %(default)s)")
     add(

@@ -14,6 +14,7 @@ linear probe and fine-tuning are the papers' semi-supervised tests; with another
     python linear_eval.py --data shapes --cached --weights runs/disco/backbone.pth random --arch resnet8
 """
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -121,6 +122,7 @@ def main():
     if not size:
         files = [load_weights(args, name) for name in args.weights if name != "random"]
         size = max((file.backbone.image_size for file in files), default=common.default_image_size(args.data))
+    args.image_size = size  # it belongs to the run, and files beside the weights may move
     encoders = {name: load_weights(args, name, size) for name in args.weights}
     for name, encoder in encoders.items():
         common.check_input_size(encoder.backbone, name, size)
@@ -135,21 +137,21 @@ def main():
     crop = common.View(size, scale=(0.08, 1.0), flip=0.5)
     loader = common.Loader(train, [crop], args.batch_size, args.seed, args.workers, device)
 
-    run = common.Run("linear_eval", args, train, val)
+    loaded = [encoder.description for encoder in encoders.values() if encoder.description]
+    run = common.Run("linear_eval", args, train, val, loaded=loaded)
     options = size, args.batch_size, args.workers, device
     protocol = "finetune" if args.finetune else "linear"
     path = run.folder / "eval.json"
-    results = common.broadcast(json.loads(path.read_text()) if common.rank() == 0 and path.exists() else {})
-    results = dict(zip(args.weights, results.values(), strict=False))  # the files may have moved since, not changed
+    results = common.broadcast(load_results(path, args) if common.rank() == 0 and path.exists() else {})
     for number, (name, encoder) in enumerate(encoders.items(), start=1):
         if name in results:
             continue
         encoder.amp = common.AMP[args.amp]
+        encoder.convert_from(common.mean_std_of(train))
         encoder.to(device, memory_format=torch.channels_last)
         if args.compile:
             encoder.backbone.compile()
         train_set, val_set = load_or_extract(run, number, encoder, (train, val), options)
-        run.name_unreadable()
         votes = common.knn_accuracy(train_set, val_set, args.knn, len(train.classes), args.knn_temperature)
         picture = run.folder / f"neighbors{number if number > 1 else ''}.png"
         draw_neighbours(picture, (train, val), (train_set, val_set), size)
@@ -158,6 +160,7 @@ def main():
         results[name] = {
             "parameters": sum(p.numel() for p in encoder.backbone.parameters()),
             "feature_dim": encoder.backbone.feature_dim,
+            "max_steps": args.max_steps,
             **votes,
             protocol: train_classifiers(run, (number, name), encoder, batches, val, val_set, options),
         }
@@ -165,6 +168,18 @@ def main():
         run.write("eval.json", results)
     if common.rank() == 0:
         print_table(results, protocol)
+
+
+def load_results(path, args):
+    """What eval.json holds, by today's names of the weights: the files may have moved since, not changed."""
+    try:
+        results = json.loads(path.read_text())
+        steps = {result.get("max_steps") for result in results.values()}
+    except (OSError, ValueError, AttributeError) as error:
+        raise common.UserError(f"{path} is damaged ({error}): pass another --out") from None
+    if steps - {args.max_steps}:
+        raise common.UserError(f"{path} holds results of --max-steps {steps.pop()}: pass another --out")
+    return dict(zip(args.weights, results.values(), strict=False))
 
 
 def subset_from_list(dataset, path):
@@ -175,7 +190,7 @@ def subset_from_list(dataset, path):
     if common.in_memory(dataset):
         raise common.UserError(f"--label-list {path} needs a folder as --data; without one, pass --label-fraction")
     try:
-        names = Path(path).read_text().splitlines()
+        names = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         raise common.UserError(f"cannot read --label-list {path} ({error})") from None
     places = {}
@@ -196,7 +211,7 @@ def load_weights(args, name, image_size=None):
     """The Encoder of a file, or of `torchvision` or `random` weights of --arch, frozen."""
     if name != "random":
         arch = args.arch if name == "torchvision" else None
-        return common.load_teacher(name, arch, image_size, args.trust_teacher)
+        return common.load_teacher(name, arch, image_size, args.trust_teacher, args.teacher_mean_std)
     if not args.arch:
         raise common.UserError("--weights random needs a network: pass --arch NAME")
     torch.manual_seed(args.seed)
@@ -210,7 +225,10 @@ def load_or_extract(run, number, encoder, datasets, options):
     """
     path = run.folder / f"features.{number}.{common.rank()}of{common.world_size()}.pth"
     identity = common.broadcast(run.identity)  # a machine that does not share the folder may have another run's there
-    cached = common.load_file(path, whole=True) if run.args.cached and path.exists() else {}
+    cached = {}
+    if run.args.cached and path.exists():
+        with contextlib.suppress(common.UserError):  # a damaged file is written again
+            cached = common.load_file(path, whole=True)
     if common.gather(torch.tensor([isinstance(cached, dict) and cached.get("identity") == identity])).all():
         return [[part.to(options[-1]) for part in features] for features in cached["features"]]
     features = [common.extract_features(encoder, dataset, *options) for dataset in datasets]
@@ -233,13 +251,15 @@ def train_classifiers(run, of, encoder, batches, val, val_set, options):
     model = probe = Probe(encoder.backbone.feature_dim, len(val.classes), len(args.lr)).to(device)
     groups = [{"params": head.parameters(), "lr": lr} for head, lr in zip(probe.heads, args.lr, strict=True)]
     if args.finetune:
-        model = common.Encoder(encoder.backbone.requires_grad_(True), probe).train()
+        model = common.Encoder(encoder.backbone.requires_grad_(True), probe, mean_std=encoder.mean_std).train()
+        model.convert_from(common.mean_std_of(val))
         model.amp = encoder.amp
         groups += [{"params": model.backbone.parameters(), "lr": args.backbone_lr}]
     rates = [group["lr"] for group in groups]
     optimizer = common.sgd(groups, args.lr[0], args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=args.finetune and args.amp == "fp16")
     run.start_or_resume(model, optimizer, scaler, of=of)
+    run.name_unreadable()
     # Every process trains a probe on the whole batch: cheaper than to exchange its gradients
     ddp_model = common.distribute(model) if args.finetune else model
 
@@ -315,6 +335,7 @@ def parse_args():
     add = parser.add_argument
     add("--weights", nargs="+", required=True, help="files; random or torchvision: --arch untrained or with labels")
     add("--trust-teacher", action="store_true", help="run .pt2 programs, which can hold any code")
+    add("--teacher-mean-std", type=float, nargs="+", metavar="X", help="means, deviations of its images (its own)")
     add("--arch", help="network of random and torchvision (files store theirs)")
     add("--lr", type=common.positive_float, nargs="+", default=[30.0, 10.0, 3.0, 1.0, 0.3, 0.1], help="learning "
         "rates to probe (default %(default)s; papers: 30 for ResNets, 3 for others; 0.2 with --finetune)")  # fmt: skip

@@ -88,6 +88,7 @@ def main():
     device = common.init_device(args.seed)
     size = args.image_size or common.default_image_size(args.data)
     dataset = common.load_dataset(args.data, args.data_root, "pretrain", device, size)
+    knn_sets = common.load_labelled(args.data, args.data_root, device, size) if args.knn_every else ()
     view = common.View(size, scale=(0.2, 1.0), flip=0.5, jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, grey=0.2,
                        blur=(0.1, 2.0), blur_p=0.5)  # fmt: skip
     loader = common.Loader(dataset, [view, view], args.batch_size, args.seed, args.workers, device)
@@ -101,13 +102,15 @@ def main():
     optimizer = common.sgd(encoder.parameters(), args.lr, args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
 
-    run = common.Run("moco_v2", args, dataset, arch=args.arch, image_size=size)
+    run = common.Run(
+        "moco_v2", args, dataset, *knn_sets, arch=args.arch, image_size=size, mean_std=common.mean_std_of(dataset)
+    )
     run.start_or_resume(model, optimizer, scaler)
     if args.compile:
         model.encoder.compile()
         model.momentum_encoder.compile()
     ddp_model = common.distribute(model)
-    evaluate = common.knn_probe(encoder, args, size, device)
+    evaluate = common.knn_probe(encoder, args, knn_sets, size, device)
 
     for epoch in run.epochs(args.epochs, len(loader), evaluate, args.knn_every):  # from where it stopped
         lr = cosine_lr(args.lr, epoch, args.epochs)

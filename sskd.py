@@ -205,7 +205,9 @@ def main():
     student, teacher = common.build_classifier(args.student, len(train.classes), size, args.init), None
     networks = [student]
     if args.teacher:
-        teacher = common.load_classifier(args.teacher, args.teacher_arch, len(train.classes), size)
+        classes = len(train.classes)
+        teacher = common.load_classifier(args.teacher, args.teacher_arch, classes, size, args.teacher_mean_std)
+        teacher.convert_from(common.mean_std_of(train))
         common.check_input_size(teacher.backbone, args.teacher, size)
         networks.append(teacher)
     for network in networks:
@@ -238,7 +240,8 @@ def main():
         right = network.classifier(features).argmax(dim=1) == common.own_rows(labels)
         return 100 * common.all_reduce(right.sum()).item() / (labels >= 0).sum().item()
 
-    run = common.Run("sskd", args, train, val, arch=args.student, image_size=size)
+    run = common.Run("sskd", args, train, val, arch=args.student, image_size=size, mean_std=common.mean_std_of(train),
+                     loaded=[network.description for network in networks[1:]])  # fmt: skip
     run.start_or_resume(model, optimizer, scaler, frozen=model.teacher)  # not saved
     if model.teacher and run.step == 0:
         report_teacher(run, top1(teacher), train.classes)
@@ -312,6 +315,7 @@ def parse_args():
     add("--train-teacher", metavar="NAME", help="train a teacher on labels alone, by default in runs/sskd_teacher")
     add("--teacher", help="file of a labelled network, or torchvision, its labelled weights of --teacher-arch")
     add("--teacher-arch", help="the teacher's network (default: read from its file)")
+    add("--teacher-mean-std", type=float, nargs="+", metavar="X", help="means, deviations of its images (its own)")
     add("--student", help="network, any of torchvision's or of CIFAR's (common.CIFAR_NETWORKS)")
     add("--ce-weight", type=weight, default=0.1, help="of the labels (default %(default)s; 1 with --train-teacher)")
     add("--kd-weight", type=weight, default=0.9, help="of distillation (default %(default)s)")

@@ -393,8 +393,8 @@ def test_small_sets_come_out_as_one_tensor(tmp_path, monkeypatch):
 
 FAMILIES = """
     resnet18 resnet50 resnext50_32x4d wide_resnet50_2 efficientnet_b0 efficientnet_v2_s mobilenet_v2 mobilenet_v3_large
-    mobilenet_v3_small shufflenet_v2_x1_0 mnasnet1_0 regnet_y_400mf densenet121 convnext_tiny vgg11_bn squeezenet1_1
-    googlenet swin_t resnet8 resnet20
+    mobilenet_v3_small shufflenet_v2_x1_0 regnet_y_400mf densenet121 convnext_tiny vgg11_bn squeezenet1_1
+    swin_t resnet8 resnet20
 """.split()
 
 
@@ -411,8 +411,7 @@ def test_backbones_of_every_family(arch):
     assert all(getattr(module, "p", 0) == 0 for module in backbone.modules())
     if arch in torchvision.models.list_models():
         state = backbone.state_dict()
-        options = {"aux_logits": False, "init_weights": False} if arch == "googlenet" else {}
-        missing, unexpected = torchvision.models.get_model(arch, **options).load_state_dict(state, strict=False)
+        missing, unexpected = torchvision.models.get_model(arch).load_state_dict(state, strict=False)
         assert not unexpected and {key.rpartition(".")[0] for key in missing} == {backbone.classifier_name}
         common.load_strict(backbone, dict(state), arch)  # as from a checkpoint
 

@@ -125,7 +125,7 @@ MISTAKES = {
     f"{EVAL} --weights missing.pth": ["missing.pth"],
     f"{EVAL} --weights random": ["random", "--arch"],
     f"{EVAL} --weights torchvision --arch resnet8": ["resnet8"],
-    f"{EVAL} --weights torchvision --arch inception_v3": ["inception_v3", "normalized"],
+    f"{EVAL} --weights torchvision --arch inception_v3": ["inception_v3"],
     f"{EVAL} --weights teacher.pth --finetune --lr 1 3": ["--finetune", "one --lr"],
     f"{EVAL} --weights teacher.pth --finetune --cached": ["--finetune", "--cached"],
     f"{EVAL} --weights teacher.pth --schedule cosine": ["--schedule", "cosine", "halvings"],
