@@ -120,8 +120,8 @@ def run_script(main):
 
 
 KNOWN_ERRORS = {  # a pattern of a library's message: the cause and the way out
-    r"DataLoader worker \(pid|DataLoader timed out|No space left": "a loading process is lost, as memory, /dev/shm or open files "
-    "(ulimit -n) ran out: lower --workers or --batch-size",
+    r"DataLoader worker \(pid|DataLoader timed out|No space left": "a loading process is lost for want of "
+    "memory, room in /dev/shm or open files (ulimit -n): lower --workers or --batch-size",
     r"Too many open files|items of ancdata": "too many open files: raise `ulimit -n`, or lower --workers",
     r"Expected more than 1 value per channel": "BatchNorm needs more than one image per process: raise --batch-size",
 }
@@ -1909,9 +1909,7 @@ class Run:
         checkpoint = broadcast(load_file(path, whole=True) if rank() == 0 and path.exists() else {})
         if checkpoint and of and checkpoint.get("of") != of[0]:
             if checkpoint.get("of") != of[0] - 1:
-                raise UserError(
-                    f"{self.folder} holds the log of an evaluation without its eval.json: pass another --out"
-                )
+                raise UserError(f"{self.folder} holds an evaluation that is ahead of its eval.json: pass another --out")
             checkpoint = {}
         self.step = checkpoint.get("step", 0)
         if not checkpoint:

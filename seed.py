@@ -152,8 +152,8 @@ def main():
     optimizer = common.sgd(student.parameters(), args.lr, args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
 
-    run = common.Run("seed", args, dataset, *knn_sets, arch=args.student, image_size=size, mean_std=common.mean_std_of(dataset),
-                     loaded=[teacher.description])  # fmt: skip
+    run = common.Run("seed", args, dataset, *knn_sets, arch=args.student, image_size=size,
+                     mean_std=common.mean_std_of(dataset), loaded=[teacher.description])  # fmt: skip
     run.start_or_resume(model, optimizer, scaler, frozen=model.teacher)  # not saved
     if args.compile:
         for network in model.children():

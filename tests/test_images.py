@@ -78,7 +78,7 @@ def test_without_labels_images_may_lie_anywhere(tmp_path, image_folder, capfd):
     dataset = common.load_dataset(str(flat), None, "pretrain", CPU)
     assert len(dataset) == 8 and dataset.classes == []
     run(f"{MOCO} --data {flat} --out {tmp_path}/flat_run")
-    assert json.loads((tmp_path / "flat_run" / "config.json").read_text())["inputs"]["data"][0].startswith("8 images")
+    assert json.loads((tmp_path / "flat_run" / "config.json").read_text())["inputs"]["data"].startswith("8 images")
     (tmp_path / "nested").mkdir()
     shutil.move(flat, tmp_path / "nested" / "train")
     assert len(common.load_dataset(str(tmp_path / "nested"), None, "pretrain", CPU)) == 8
@@ -86,6 +86,16 @@ def test_without_labels_images_may_lie_anywhere(tmp_path, image_folder, capfd):
     # ImageNet's layout gives the same images in the same order as with labels
     names = names_in(common.FolderDataset(image_folder / "train"))
     assert names_in(common.load_dataset(str(image_folder), None, "pretrain", CPU)) == names
+
+
+def test_a_folder_with_splits_but_no_train_is_refused_and_links_in_a_circle_end(folder, capfd):
+    """Its validation images would be trained on; a link to a folder above would repeat all images."""
+    (folder / "train" / "ant" / "loop").symlink_to(folder / "train")
+    (folder / "train" / "bee" / "other").symlink_to(folder / "train" / "ant")
+    names = names_in(common.load_dataset(str(folder), None, "pretrain", CPU))
+    assert len(names) == 24 and sum("other" in name for name in names) == 8
+    os.rename(folder / "train", folder / "Train")
+    assert "has Train and no train" in refused(f"{MOCO} --data {folder} --out {folder}/run", capfd)
 
 
 def test_a_folder_that_cannot_be_listed_is_an_error(folder, capfd, monkeypatch):
@@ -133,6 +143,17 @@ def test_grey_levels_of_more_than_8_bits_are_scaled_or_unreadable(name, tmp_path
     image = common.read_image(str(tmp_path / "x.tif"))
     assert image.dtype == torch.uint8 and image.shape == (3, 30, 40)
     assert np.abs(image.numpy() - levels / white * 255).max() <= 1
+
+
+def test_where_white_is_0_grey_levels_are_inverted(tmp_path):
+    Image.fromarray((RAMP * 65535).astype(np.uint16)).save(tmp_path / "x.tif", tiffinfo={262: 0})
+    assert np.abs(common.read_image(str(tmp_path / "x.tif")).numpy() - (1 - RAMP) * 255).max() <= 1
+
+
+def test_a_tensor_that_is_not_uint8_is_refused():
+    """Floats from 0 to 1, as of ToTensor, would become black."""
+    with pytest.raises(TypeError, match="float32"):
+        common.to_rgb(torch.rand(3, 4, 4))
 
 
 def test_pgm_files_of_more_than_8_bits_are_scaled_by_their_header(tmp_path):
@@ -214,6 +235,50 @@ def test_results_and_cached_features_of_other_images_are_not_taken(tmp_path, tea
     run(line)
     again = json.loads((tmp_path / "run" / "eval.json").read_text())
     assert [result["knn"]["3"] for results in (first, again) for result in results.values()] == [100, 0]
+
+
+def test_the_validation_images_of_k_nn_belong_to_the_run(folder, tmp_path, capfd):
+    line = f"{MOCO} --data {folder} --out {tmp_path}/run"
+    run(f"{line} --max-steps 1 --knn-every 1")
+    (folder / "val" / "ant" / "0.jpg").write_bytes((folder / "val" / "ant" / "2.jpg").read_bytes())
+    assert "another run (data 2" in refused(f"{line} --knn-every 1", capfd)
+    run(line)  # without k-NN they do not matter
+
+
+def test_an_evaluation_of_more_steps_or_at_another_size_is_not_the_old_one(tmp_path, teacher_file, capfd):
+    """Other steps continue; the image size comes from a file beside the weights, which may stay behind."""
+    small = "linear_eval.py --data shapes:64 --batch-size 16 --knn 3 --cached --lr 1 --epochs 2"
+    run(f"{small} --weights {teacher_file} --max-steps 1 --out {tmp_path}/run")
+    run(f"{small} --weights {teacher_file} --out {tmp_path}/run")
+    run(f"{small} --weights {teacher_file} --out {tmp_path}/fresh")
+    one, fresh = (json.loads((tmp_path / name / "eval.json").read_text()) for name in ("run", "fresh"))
+    assert one == fresh
+    shutil.copytree(teacher_file.parent, tmp_path / "teacher")
+    run(f"{small} --weights {tmp_path}/teacher/backbone.pth --out {tmp_path}/sized")
+    shutil.copy(tmp_path / "teacher" / "backbone.pth", tmp_path / "alone.pth")
+    assert "image-size 16 there, 32 here" in refused(
+        f"{small} --weights {tmp_path}/alone.pth --out {tmp_path}/sized", capfd
+    )
+    (tmp_path / "run" / "eval.json").write_text("")
+    assert "eval.json is damaged" in refused(f"{small} --weights {teacher_file} --out {tmp_path}/run", capfd)
+
+
+def test_two_evaluations_without_their_results_do_not_start_again_in_the_same_log(tmp_path, teacher_file, capfd):
+    line = (
+        "linear_eval.py --data shapes:64 --image-size 16 --batch-size 16 --knn 3 --cached --lr 1 --epochs 1 --weights"
+    )
+    line = f"{line} {teacher_file} random --arch resnet8 --out {tmp_path}/run"
+    run(line)
+    before = (tmp_path / "run" / "log.jsonl").read_bytes()
+    (tmp_path / "run" / "eval.json").unlink()
+    assert "ahead of its eval.json" in refused(line, capfd)
+    assert (tmp_path / "run" / "log.jsonl").read_bytes() == before
+
+
+def test_an_unreadable_image_does_not_end_an_evaluation(broken_folder, tmp_path, teacher_file):
+    run(f"{EVAL} --data {broken_folder} --weights {teacher_file} --lr 1 --out {tmp_path}/run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert sum("unreadable" in line for line in lines) == 4
 
 
 def test_a_label_list_is_known_by_its_content(folder, tmp_path, teacher_file, monkeypatch, capfd):

@@ -141,7 +141,6 @@ def test_released_teacher_on_jpeg_files(tmp_path, image_folder, released_file, c
     )
     run(f"{line} {tmp_path}/whole")
     run(f"{line} {tmp_path}/parts --max-steps 3")
-    (tmp_path / "parts" / "eval.json").unlink()
     run(f"{line} {tmp_path}/parts")
     assert "continuing from step 3" in capsys.readouterr().err
     first, second = (json.loads((tmp_path / f / "eval.json").read_text()) for f in ("whole", "parts"))
@@ -236,12 +235,10 @@ def test_equal_neighbours_come_in_order_on_any_number_of_processes(on_one_two_th
 
 
 def test_the_network_learns_when_fine_tuned_and_goes_on(tmp_path, teacher_file):
-    line = f"{SMALL} --weights {teacher_file} random --arch resnet8 --finetune --epochs 2 --backbone-lr 0.1 --out"
-    run(f"{line} {tmp_path}/whole")
+    line = f"{SMALL} --arch resnet8 --finetune --epochs 2 --backbone-lr 0.1 --max-steps 10 --weights"
+    run(f"{line} {teacher_file} random --out {tmp_path}/whole")
     for stop in (3, 10):
-        run(f"{line} {tmp_path}/parts --max-steps {stop}")
-        if stop == 3:
-            (tmp_path / "parts" / "eval.json").unlink()
+        run(f"{line} random --out {tmp_path}/parts --max-steps {stop}")
     whole, parts = (table_of(tmp_path / folder) for folder in ("whole", "parts"))
     assert whole[str(teacher_file)]["finetune"].keys() >= {
         "top1",
@@ -294,7 +291,7 @@ def test_labels_by_list_and_by_fraction(tmp_path, image_folder, teacher_file):
     run(f"{line} --knn 2 --epochs 1 --lr 1 --label-list {names} --out {tmp_path}/list")
     run(f"{line} --knn 2 --epochs 1 --lr 1 --label-fraction 0.25 --out {tmp_path}/part")
     for folder in ("list", "part"):
-        assert json.loads((tmp_path / folder / "config.json").read_text())["inputs"]["data"][0].startswith("4 images")
+        assert json.loads((tmp_path / folder / "config.json").read_text())["inputs"]["data"].startswith("4 images")
     listed = linear_eval.subset_from_list(common.FolderDataset(image_folder / "train"), names)
     assert [listed.path(i)[-9:] for i in range(len(listed))] == ["ant/0.jpg", "ant/3.jpg", "ee/1.JPEG", "bee/7.jpg"]
     assert listed.labels.tolist() == [0, 0, 1, 1]

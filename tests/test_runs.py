@@ -280,7 +280,7 @@ def test_another_data_set_and_another_teacher_are_refused(tmp_path, image_folder
     run(line)
     run(f"{line} --workers 1 --checkpoint-minutes 3 --max-bad-images 7")  # do not change the result
     (tmp_path / "images" / "train" / "bee" / "1.JPEG").unlink()
-    assert "data ['16 images of 0 classes" in refused(line, capfd)
+    assert "data 16 images of 0 classes" in refused(line, capfd)
     (tmp_path / "images" / "train" / "cow").mkdir()
     shutil.copy(image_folder / "train" / "ant" / "0.jpg", tmp_path / "images" / "train" / "cow" / "0.jpg")
     assert "here" in refused(line, capfd)  # 16 images again, but others

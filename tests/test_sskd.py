@@ -311,7 +311,7 @@ def test_few_labels_and_baselines_by_weights(tmp_path, labelled_file):
         run(f"{line} --out {tmp_path}/{name}")
         config = json.loads((tmp_path / name / "config.json").read_text())
         log = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
-        assert config["inputs"]["data"][0].startswith("20 images") and log[-1]["step"] == 1
+        assert config["inputs"]["data"].startswith("20 images") and log[-1]["step"] == 1
         assert ("kd" in log[-2]) == (name == "kd") and "ss" not in log[-2]
 
 
