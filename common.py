@@ -1,13 +1,14 @@
 """What the method scripts share, in the order of an experiment. It contains no method.
 
-Processes       torchrun's environment, collectives, how a user's mistake ends
-Command line    the words that mean the same in every script
-Data            a folder in ImageNet's layout, torchvision's small sets, drawn shapes
-Augmentation    random views: crops and flips where the images are, colour on the device
-Loading         batches that are the same for any number of processes and workers
-Networks        torchvision's and CIFAR's networks, heads, files of teachers and labelled networks
-Evaluation      features of a frozen backbone, k-NN
-Runs            a run's folder: configuration, log, pictures, checkpoints, resume
+Images              folders, torchvision's small sets, drawn shapes: data sets of torch, uint8 images
+Views               random crops and flips where the images are, colour on the device
+Loading             batches that are the same for any number of processes and workers
+Networks            torchvision's and CIFAR's networks, heads, encoders
+Files of networks   teachers and labelled networks, as these scripts and others wrote them
+Features            features of a frozen backbone, k-NN
+Runs                a run's folder: configuration, log, pictures, checkpoints, resume
+Command line        the words that mean the same in every script
+Processes           torchrun's environment, collectives, how a user's mistake ends
 """
 
 import _codecs
@@ -56,237 +57,6 @@ try:
     import fcntl
 except ImportError:
     sys.exit("these scripts run on Linux and macOS; on Windows, use its subsystem for Linux")
-
-# ------------------------------------------------------------------------------------------------------------ Processes
-
-
-class UserError(Exception):
-    """A mistake that the user can correct; the message is one line that names it and the way out."""
-
-
-class Stopped(BaseException):
-    """A signal stopped the run, and everything is saved."""
-
-
-def rank():
-    """Number of this process, from 0; 0 without torchrun."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size():
-    """Number of processes that train together; 1 without torchrun."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def run_script(main):
-    """Call `main()`; if one process fails, all exit and the cause is printed once.
-
-    Exit status: 2 and one line for a `UserError` or one of `KNOWN_ERRORS`, 143 for a run that a signal stopped, 130 for
-    Ctrl-C, else 1.
-    """
-    script = Path(sys.argv[0]).name
-    try:
-        main()
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        return
-    except (Exception, Stopped, KeyboardInterrupt) as error:
-        if dist.is_initialized():
-            for number in (signal.SIGINT, *STOP_SIGNALS):  # torchrun now sends them to all processes
-                signal.signal(number, signal.SIG_IGN)
-        status, message = 1, traceback.format_exc()
-        lost = re.search(r"Connection (closed|reset) by \w*\s?peer|Broken pipe|ncclRemoteError", str(error))
-        known = [advice for pattern, advice in KNOWN_ERRORS.items() if re.search(pattern, str(error))]
-        if known and not isinstance(error, UserError):
-            error = UserError(f"{known[0]} ({str(error).partition(chr(10))[0]})")
-        if isinstance(error, UserError):
-            status, message = 2, f"{script}: error: {textwrap.shorten(str(error), 1000)}"
-        elif isinstance(error, Stopped):
-            status, message = 143, f"{script}: {error}"
-        elif isinstance(error, KeyboardInterrupt):
-            status, message = 130, "interrupted; the same command continues from the last checkpoint"
-        elif isinstance(error, RuntimeError) and lost:  # gloo's or NCCL's; their other errors are printed whole
-            message = "" if rank() else f"{script}: lost contact with another process ({lost[0]})"
-    if not dist.is_initialized():
-        if status != 2 or os.environ.get("LOCAL_RANK", "0") == "0":  # all processes meet the same mistake
-            tqdm.write(message, file=sys.stderr)
-        sys.exit(status)
-    with contextlib.suppress(dist.DistError):  # the store is gone, with the process that failed first
-        if message and dist.distributed_c10d._get_default_store().add("failures", 1) == 1:
-            tqdm.write(f"\n{message}", file=sys.stderr)  # not in the line of rank 0's progress bar
-    sys.stdout.flush(), sys.stderr.flush()
-    time.sleep(1)  # other processes may still ask the store, if this one hosts it
-    os._exit(status)  # a normal exit waits for collectives with processes that are gone
-
-
-KNOWN_ERRORS = {  # a pattern of a library's message: the cause and the way out
-    r"DataLoader worker \(pid|DataLoader timed out|No space left": "a loading process is lost for want of "
-    "memory, room in /dev/shm or open files (ulimit -n): lower --workers or --batch-size",
-    r"Too many open files|items of ancdata": "too many open files: raise `ulimit -n`, or lower --workers",
-    r"Expected more than 1 value per channel": "BatchNorm needs more than one image per process: raise --batch-size",
-}
-
-
-@cache
-def say(message):
-    """Print a line to stderr, once, on one process."""
-    if rank() == 0:
-        tqdm.write(message, file=sys.stderr)
-
-
-def init_device(seed):
-    """Connect torchrun's processes, seed torch and return this process's device.
-
-    The seed is the same on all processes, so that they build the same networks and queue. Raises UserError where a
-    machine has fewer GPUs than processes, and where the processes cannot connect.
-    """
-    torch.manual_seed(seed)
-    device, options = torch.device("cpu"), {"backend": "gloo"}
-    if torch.cuda.is_available():
-        processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-        if processes > gpus:
-            raise UserError(f"{processes} processes on {gpus} GPUs: lower --nproc_per_node")
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)  # before the process group, whose communicator binds to it
-        torch.backends.cudnn.benchmark = True
-        options = {"backend": "cpu:gloo,cuda:nccl", "device_id": device}
-    if "RANK" in os.environ and not dist.is_initialized():
-        try:
-            # A store of torchrun's agent survives a restart, with the addresses of processes that are gone
-            shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-            attempt = os.environ["TORCHELASTIC_RESTART_COUNT"] if shared else "0"
-            store, number, count = next(dist.rendezvous("env://"))
-            store = dist.PrefixStore(f"attempt {attempt}", store)
-            dist.init_process_group(store=store, rank=number, world_size=count, **options)
-        except (ValueError, dist.DistNetworkError) as error:
-            raise UserError(f"cannot connect the processes ({error}): start with torchrun") from None
-    return device
-
-
-def sgd(params, lr, weight_decay):
-    """Fused SGD with momentum 0.9; params as in torch.optim."""
-    optimizer = torch.optim.SGD(params, lr, momentum=0.9, weight_decay=weight_decay, fused=True)
-    # Otherwise SGD leaves its momentum buffers uninitialized if GradScaler skips the first step
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            optimizer.state[param]["momentum_buffer"] = torch.zeros_like(param)
-    return optimizer
-
-
-def set_lr(optimizer, lr):
-    """Set the learning rate of all parameter groups."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-
-
-def distribute(model):
-    """The model, in DistributedDataParallel if there are several processes; each keeps its own BatchNorm statistics."""
-    if world_size() == 1:
-        return model
-    ddp_model = DistributedDataParallel(model)
-    ddp_model.broadcast_buffers = False
-    return ddp_model
-
-
-def broadcast(value):
-    """Rank 0's value, any Python object, on every process."""
-    values = [value]
-    if world_size() > 1:
-        dist.broadcast_object_list(values, src=0)
-    return values[0]
-
-
-def gather(x):
-    """Concatenate every process's (N, ...) tensor in the order of ranks: (world_size * N, ...). No gradient flows."""
-    if world_size() == 1:
-        return x
-    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world_size())]
-    dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts)
-
-
-def all_reduce(x, op=dist.ReduceOp.SUM):
-    """Sum every process's tensor, or reduce it by `op`, in place, and return it."""
-    if world_size() > 1:
-        dist.all_reduce(x, op)
-    return x
-
-
-def shuffle(x):
-    """This process's rows (N, ...) of the global batch, interleaved across processes, for shuffled BatchNorm.
-
-    Batch statistics then do not reveal the positive pair (MoCo, section 3.3). The batch is in random order already.
-    """
-    return gather(x)[rank() :: world_size()]
-
-
-def gather_unshuffled(x):
-    """Undo `shuffle` and gather: (N, ...) of this process -> (world_size * N, ...) in the order of the global batch."""
-    return gather(x).unflatten(0, (world_size(), len(x))).transpose(0, 1).flatten(0, 1)
-
-
-def own_rows(x):
-    """This process's rows of a tensor or array over the global batch: (B, ...) -> (B / world_size, ...)."""
-    share = len(x) // world_size()
-    return x[rank() * share : (rank() + 1) * share]
-
-
-# --------------------------------------------------------------------------------------------------------- Command line
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, printed by one process."""
-
-    def error(self, message):
-        raise UserError(message)
-
-
-def number(kind, low, high=math.inf, *, open_below=False):
-    """Type of an argument that is an int or a float from low to high; with `open_below`, low itself is refused."""
-
-    def parse(text):
-        value = kind(text)
-        if not low <= value <= high or (open_below and value == low):
-            raise argparse.ArgumentTypeError(f"{text} is not in {'(' if open_below else '['}{low}, {high}]")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse prints it if the text is no number
-    return parse
-
-
-positive_int = number(int, 1)
-positive_float = number(float, 0, open_below=True)
-fraction = number(float, 0, 1)
-
-
-def common_parser(script, docstring, *, epochs, batch_size, lr, weight_decay):
-    """Parser with the arguments that mean the same in every script; the method's own defaults come in as keywords."""
-    parser = Parser(description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--data", help=f"folder with train/ and val/ (default data/imagenet) or one of {', '.join(SMALL_SETS)}[:COUNT]")
-    add("--data-root", default="data", help="where torchvision keeps or puts the small sets (default %(default)s)")
-    add("--image-size", type=positive_int, help="pixels (default 224 for a folder, 96 for stl10, else 32; "
-        "in linear_eval.py that of the weights)")  # fmt: skip
-    add("--epochs", type=positive_int, default=epochs, help="default %(default)s, the paper's")
-    add("--max-steps", type=positive_int, help="stop after so many steps; the schedule still follows --epochs")
-    add("--batch-size", type=positive_int, default=batch_size, help="over all processes (default %(default)s)")
-    if script != "linear_eval":
-        add("--init", metavar="FILE", help="start from the backbone of a file, as of a teacher, or torchvision, its "
-            "labelled weights (default: random)")  # fmt: skip
-    add("--weight-decay", type=number(float, 0), default=weight_decay, help="default %(default)s, the paper's")
-    if lr is not None:
-        add("--lr", type=positive_float, default=lr, help="learning rate (default %(default)s, for the default batch)")
-    add("--seed", type=number(int, 0), default=0, help="of weights, order and augmentation (default %(default)s)")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS lacks it
-    workers = min(8, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    add("--workers", type=number(int, 0), default=workers, help="decoding processes per GPU (default %(default)s)")
-    add("--out", default=f"runs/{script}", help="the run's folder (default %(default)s)")
-    add("--checkpoint-minutes", type=positive_float, default=10.0, help="between two checkpoints (default %(default)s)")
-    add("--max-bad-images", type=number(int, 0), default=100, help="unreadable images allowed (default %(default)s)")
-    add("--amp", choices=list(AMP), default="off", help="mixed precision (default %(default)s, as in the papers)")
-    add("--compile", action="store_true", help="torch.compile the networks")
-    return parser
-
 
 # --------------------------------------------------------------------------------------------------------------- Images
 #
@@ -1223,26 +993,7 @@ class Encoder(nn.Sequential):
             return self.backbone(images).float()
 
 
-class Classifier(Encoder):
-    """A labelled network, an Encoder whose head is the linear layer `classifier`: images -> logits (N, classes)."""
-
-    def __init__(self, backbone, classifier, **options):
-        super().__init__(backbone, classifier, "classifier", **options)
-
-    def plain(self):
-        """A copy with the classifier back in its place, so that its keys are torchvision's."""
-        network = copy.deepcopy(self.backbone)
-        network.set_submodule(network.classifier_name, self.classifier)
-        return network
-
-
-def build_classifier(arch, num_classes, image_size=224, init=None):
-    """A labelled network, its classifier random; other arguments and errors as in `build_backbone`."""
-    if arch.startswith("squeezenet"):
-        raise UserError(f"{arch} ends in a convolution, not in a linear classifier: take another network")
-    backbone = build_backbone(arch, image_size, init)
-    return Classifier(backbone, nn.Linear(backbone.feature_dim, num_classes))
-
+# ---------------------------------------------------------------------------------------------------- Files of networks
 
 # Where files keep what: patterns of the beginnings of each part's keys; other keys are not read. A file is of the first
 # format whose recognised_by its keys have, also behind a prefix, which is left out. activation: of the head.
@@ -1382,19 +1133,6 @@ def load_teacher(path, arch=None, image_size=None, trust=False, mean_std=None):
     else:
         raise UserError(f"{path} is a program, which can run any code: pass --trust-teacher if you trust its author")
     return Encoder(backbone, head, **about).requires_grad_(False).eval()
-
-
-def load_classifier(path, arch=None, num_classes=None, image_size=None, mean_std=None):
-    """Read a labelled network, a frozen Classifier in eval mode; arguments and errors as in `load_teacher`."""
-    if str(path).endswith(".pt2"):
-        raise UserError(f"{path} is a program and has no linear classifier: a network trained with labels is needed")
-    backbone, _, state, about = load_backbone(path, arch, image_size, mean_std)
-    if state.keys() != {"weight", "bias"} or state["weight"].shape[1] != backbone.feature_dim:
-        raise UserError(f"{path} holds no linear classifier of its features: a network trained with labels is needed")
-    classifier = build_head(path, state)
-    if num_classes not in (None, classifier.out_features):
-        raise UserError(f"{path} has {classifier.out_features} classes, --data has {num_classes}")
-    return Classifier(backbone, classifier, **about).requires_grad_(False).eval()
 
 
 def load_backbone(path, arch, image_size=None, mean_std=None):
@@ -1682,7 +1420,7 @@ def load_strict(module, state, what, assign=False, advice=""):
         raise UserError(f"{what} does not fit: {textwrap.shorten(str(error), 400)}{advice}") from None
 
 
-# ----------------------------------------------------------------------------------------------------------- Evaluation
+# ------------------------------------------------------------------------------------------------------------- Features
 
 KNN_BLOCKS = 256, 8192  # queries of all processes, and training images of this one, that are compared at a time
 
@@ -2064,3 +1802,234 @@ class Run:
         if rank() == 0:
             text = re.sub(r"\[[^][{}]*\]", lambda found: re.sub(r"\s+", " ", found[0]), json.dumps(content, indent=2))
             atomic_write(self.folder / name, lambda file: file.write(text.encode() + b"\n"))
+
+
+# --------------------------------------------------------------------------------------------------------- Command line
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, printed by one process."""
+
+    def error(self, message):
+        raise UserError(message)
+
+
+def number(kind, low, high=math.inf, *, open_below=False):
+    """Type of an argument that is an int or a float from low to high; with `open_below`, low itself is refused."""
+
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high or (open_below and value == low):
+            raise argparse.ArgumentTypeError(f"{text} is not in {'(' if open_below else '['}{low}, {high}]")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse prints it if the text is no number
+    return parse
+
+
+positive_int = number(int, 1)
+positive_float = number(float, 0, open_below=True)
+fraction = number(float, 0, 1)
+
+
+def common_parser(script, docstring, *, epochs, batch_size, lr, weight_decay):
+    """Parser with the arguments that mean the same in every script; the method's own defaults come in as keywords."""
+    parser = Parser(description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data", help=f"folder with train/ and val/ (default data/imagenet) or one of {', '.join(SMALL_SETS)}[:COUNT]")
+    add("--data-root", default="data", help="where torchvision keeps or puts the small sets (default %(default)s)")
+    add("--image-size", type=positive_int, help="pixels (default 224 for a folder, 96 for stl10, else 32; "
+        "in linear_eval.py that of the weights)")  # fmt: skip
+    add("--epochs", type=positive_int, default=epochs, help="default %(default)s, the paper's")
+    add("--max-steps", type=positive_int, help="stop after so many steps; the schedule still follows --epochs")
+    add("--batch-size", type=positive_int, default=batch_size, help="over all processes (default %(default)s)")
+    if script != "linear_eval":
+        add("--init", metavar="FILE", help="start from the backbone of a file, as of a teacher, or torchvision, its "
+            "labelled weights (default: random)")  # fmt: skip
+    add("--weight-decay", type=number(float, 0), default=weight_decay, help="default %(default)s, the paper's")
+    if lr is not None:
+        add("--lr", type=positive_float, default=lr, help="learning rate (default %(default)s, for the default batch)")
+    add("--seed", type=number(int, 0), default=0, help="of weights, order and augmentation (default %(default)s)")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS lacks it
+    workers = min(8, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    add("--workers", type=number(int, 0), default=workers, help="decoding processes per GPU (default %(default)s)")
+    add("--out", default=f"runs/{script}", help="the run's folder (default %(default)s)")
+    add("--checkpoint-minutes", type=positive_float, default=10.0, help="between two checkpoints (default %(default)s)")
+    add("--max-bad-images", type=number(int, 0), default=100, help="unreadable images allowed (default %(default)s)")
+    add("--amp", choices=list(AMP), default="off", help="mixed precision (default %(default)s, as in the papers)")
+    add("--compile", action="store_true", help="torch.compile the networks")
+    return parser
+
+
+# ------------------------------------------------------------------------------------------------------------ Processes
+
+
+class UserError(Exception):
+    """A mistake that the user can correct; the message is one line that names it and the way out."""
+
+
+class Stopped(BaseException):
+    """A signal stopped the run, and everything is saved."""
+
+
+def rank():
+    """Number of this process, from 0; 0 without torchrun."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    """Number of processes that train together; 1 without torchrun."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def run_script(main):
+    """Call `main()`; if one process fails, all exit and the cause is printed once.
+
+    Exit status: 2 and one line for a `UserError` or one of `KNOWN_ERRORS`, 143 for a run that a signal stopped, 130 for
+    Ctrl-C, else 1.
+    """
+    script = Path(sys.argv[0]).name
+    try:
+        main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return
+    except (Exception, Stopped, KeyboardInterrupt) as error:
+        if dist.is_initialized():
+            for number in (signal.SIGINT, *STOP_SIGNALS):  # torchrun now sends them to all processes
+                signal.signal(number, signal.SIG_IGN)
+        status, message = 1, traceback.format_exc()
+        lost = re.search(r"Connection (closed|reset) by \w*\s?peer|Broken pipe|ncclRemoteError", str(error))
+        known = [advice for pattern, advice in KNOWN_ERRORS.items() if re.search(pattern, str(error))]
+        if known and not isinstance(error, UserError):
+            error = UserError(f"{known[0]} ({str(error).partition(chr(10))[0]})")
+        if isinstance(error, UserError):
+            status, message = 2, f"{script}: error: {textwrap.shorten(str(error), 1000)}"
+        elif isinstance(error, Stopped):
+            status, message = 143, f"{script}: {error}"
+        elif isinstance(error, KeyboardInterrupt):
+            status, message = 130, "interrupted; the same command continues from the last checkpoint"
+        elif isinstance(error, RuntimeError) and lost:  # gloo's or NCCL's; their other errors are printed whole
+            message = "" if rank() else f"{script}: lost contact with another process ({lost[0]})"
+    if not dist.is_initialized():
+        if status != 2 or os.environ.get("LOCAL_RANK", "0") == "0":  # all processes meet the same mistake
+            tqdm.write(message, file=sys.stderr)
+        sys.exit(status)
+    with contextlib.suppress(dist.DistError):  # the store is gone, with the process that failed first
+        if message and dist.distributed_c10d._get_default_store().add("failures", 1) == 1:
+            tqdm.write(f"\n{message}", file=sys.stderr)  # not in the line of rank 0's progress bar
+    sys.stdout.flush(), sys.stderr.flush()
+    time.sleep(1)  # other processes may still ask the store, if this one hosts it
+    os._exit(status)  # a normal exit waits for collectives with processes that are gone
+
+
+KNOWN_ERRORS = {  # a pattern of a library's message: the cause and the way out
+    r"DataLoader worker \(pid|DataLoader timed out|No space left": "a loading process is lost for want of "
+    "memory, room in /dev/shm or open files (ulimit -n): lower --workers or --batch-size",
+    r"Too many open files|items of ancdata": "too many open files: raise `ulimit -n`, or lower --workers",
+    r"Expected more than 1 value per channel": "BatchNorm needs more than one image per process: raise --batch-size",
+}
+
+
+@cache
+def say(message):
+    """Print a line to stderr, once, on one process."""
+    if rank() == 0:
+        tqdm.write(message, file=sys.stderr)
+
+
+def init_device(seed):
+    """Connect torchrun's processes, seed torch and return this process's device.
+
+    The seed is the same on all processes, so that they build the same networks and queue. Raises UserError where a
+    machine has fewer GPUs than processes, and where the processes cannot connect.
+    """
+    torch.manual_seed(seed)
+    device, options = torch.device("cpu"), {"backend": "gloo"}
+    if torch.cuda.is_available():
+        processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        if processes > gpus:
+            raise UserError(f"{processes} processes on {gpus} GPUs: lower --nproc_per_node")
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)  # before the process group, whose communicator binds to it
+        torch.backends.cudnn.benchmark = True
+        options = {"backend": "cpu:gloo,cuda:nccl", "device_id": device}
+    if "RANK" in os.environ and not dist.is_initialized():
+        try:
+            # A store of torchrun's agent survives a restart, with the addresses of processes that are gone
+            shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+            attempt = os.environ["TORCHELASTIC_RESTART_COUNT"] if shared else "0"
+            store, number, count = next(dist.rendezvous("env://"))
+            store = dist.PrefixStore(f"attempt {attempt}", store)
+            dist.init_process_group(store=store, rank=number, world_size=count, **options)
+        except (ValueError, dist.DistNetworkError) as error:
+            raise UserError(f"cannot connect the processes ({error}): start with torchrun") from None
+    return device
+
+
+def sgd(params, lr, weight_decay):
+    """Fused SGD with momentum 0.9; params as in torch.optim."""
+    optimizer = torch.optim.SGD(params, lr, momentum=0.9, weight_decay=weight_decay, fused=True)
+    # Otherwise SGD leaves its momentum buffers uninitialized if GradScaler skips the first step
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            optimizer.state[param]["momentum_buffer"] = torch.zeros_like(param)
+    return optimizer
+
+
+def set_lr(optimizer, lr):
+    """Set the learning rate of all parameter groups."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def distribute(model):
+    """The model, in DistributedDataParallel if there are several processes; each keeps its own BatchNorm statistics."""
+    if world_size() == 1:
+        return model
+    ddp_model = DistributedDataParallel(model)
+    ddp_model.broadcast_buffers = False
+    return ddp_model
+
+
+def broadcast(value):
+    """Rank 0's value, any Python object, on every process."""
+    values = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def gather(x):
+    """Concatenate every process's (N, ...) tensor in the order of ranks: (world_size * N, ...). No gradient flows."""
+    if world_size() == 1:
+        return x
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+def all_reduce(x, op=dist.ReduceOp.SUM):
+    """Sum every process's tensor, or reduce it by `op`, in place, and return it."""
+    if world_size() > 1:
+        dist.all_reduce(x, op)
+    return x
+
+
+def shuffle(x):
+    """This process's rows (N, ...) of the global batch, interleaved across processes, for shuffled BatchNorm.
+
+    Batch statistics then do not reveal the positive pair (MoCo, section 3.3). The batch is in random order already.
+    """
+    return gather(x)[rank() :: world_size()]
+
+
+def gather_unshuffled(x):
+    """Undo `shuffle` and gather: (N, ...) of this process -> (world_size * N, ...) in the order of the global batch."""
+    return gather(x).unflatten(0, (world_size(), len(x))).transpose(0, 1).flatten(0, 1)
+
+
+def own_rows(x):
+    """This process's rows of a tensor or array over the global batch: (B, ...) -> (B / world_size, ...)."""
+    share = len(x) // world_size()
+    return x[rank() * share : (rank() + 1) * share]

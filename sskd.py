@@ -20,6 +20,7 @@ The defaults are the released code's for CIFAR-100, and for a folder of images t
     torchrun --nproc_per_node=8 sskd.py --teacher torchvision --teacher-arch resnet34 --student resnet18
 """
 
+import copy
 from functools import partial
 
 import numpy as np
@@ -114,6 +115,44 @@ def rotate_and_crop(images, rng, rotations, padding):
     return crops[torch.arange(len(images), device=images.device), :, top, left]
 
 
+# --------------------------------------------------------------------------------------------------- Labelled networks
+
+
+class Classifier(common.Encoder):
+    """A labelled network, an Encoder whose head is the linear layer `classifier`: images -> logits (N, classes)."""
+
+    def __init__(self, backbone, classifier, **options):
+        super().__init__(backbone, classifier, "classifier", **options)
+
+    def plain(self):
+        """A copy with the classifier back in its place, so that its keys are torchvision's."""
+        network = copy.deepcopy(self.backbone)
+        network.set_submodule(network.classifier_name, self.classifier)
+        return network
+
+
+def build_classifier(arch, num_classes, image_size=224, init=None):
+    """A labelled network, its classifier random; other arguments and errors as in `common.build_backbone`."""
+    if arch.startswith("squeezenet"):
+        raise common.UserError(f"{arch} ends in a convolution, not in a linear classifier: take another network")
+    backbone = common.build_backbone(arch, image_size, init)
+    return Classifier(backbone, nn.Linear(backbone.feature_dim, num_classes))
+
+
+def load_classifier(path, arch=None, num_classes=None, image_size=None, mean_std=None):
+    """Read a labelled network, a frozen Classifier in eval mode; arguments and errors as in `common.load_teacher`."""
+    needed = "a network trained with labels is needed"
+    if str(path).endswith(".pt2"):
+        raise common.UserError(f"{path} is a program and has no linear classifier: {needed}")
+    backbone, _, state, about = common.load_backbone(path, arch, image_size, mean_std)
+    if state.keys() != {"weight", "bias"} or state["weight"].shape[1] != backbone.feature_dim:
+        raise common.UserError(f"{path} holds no linear classifier of its features: {needed}")
+    classifier = common.build_head(path, state)
+    if num_classes not in (None, classifier.out_features):
+        raise common.UserError(f"{path} has {classifier.out_features} classes, --data has {num_classes}")
+    return Classifier(backbone, classifier, **about).requires_grad_(False).eval()
+
+
 # --------------------------------------------------------------------------------------------------------------- Method
 
 
@@ -134,7 +173,7 @@ def gather_with_gradient(x):
 class SSKD(nn.Module):
     """Student, frozen teacher and the self-supervision heads of both.
 
-    student, teacher: common.Classifier. weights: {"ce", "kd", "tf", "ss"}. If tf and ss are 0, images are not rotated
+    student, teacher: Classifier. weights: {"ce", "kd", "tf", "ss"}. If tf and ss are 0, images are not rotated
     and there are no heads: knowledge distillation. If kd is 0 too, no teacher is needed: plain training.
     options: keyword arguments of `sskd_losses`.
     """
@@ -202,11 +241,11 @@ def main():
     if args.label_noise:
         train.labels = noisy_labels(common.labels_of(train), len(train.classes), args.label_noise, args.seed)
 
-    student, teacher = common.build_classifier(args.student, len(train.classes), size, args.init), None
+    student, teacher = build_classifier(args.student, len(train.classes), size, args.init), None
     networks = [student]
     if args.teacher:
         classes = len(train.classes)
-        teacher = common.load_classifier(args.teacher, args.teacher_arch, classes, size, args.teacher_mean_std)
+        teacher = load_classifier(args.teacher, args.teacher_arch, classes, size, args.teacher_mean_std)
         teacher.convert_from(common.mean_std_of(train))
         common.check_input_size(teacher.backbone, args.teacher, size)
         networks.append(teacher)

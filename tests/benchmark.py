@@ -49,6 +49,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from conftest import COLOR
 
 import common
+import sskd
 from disco import DisCo
 from linear_eval import CachedBatches, Probe
 from moco_v2 import MoCo
@@ -266,7 +267,7 @@ def sskd_step(teacher, student, steps=20, batch_size=64):
     """Print images a second of SSKD's steps, and of its input alone, against the PIL input around the same networks."""
     torch.set_num_threads(2)
     drawn = common.load_dataset(f"shapes:{steps * batch_size}", None, "train", CPU)
-    networks = (common.build_classifier(name, 10, 32) for name in (student, teacher))
+    networks = (sskd.build_classifier(name, 10, 32) for name in (student, teacher))
     weights = {"ce": 0.1, "kd": 0.9, "tf": 2.7, "ss": 10.0}
     model = SSKD(*networks, weights, kd_temperature=4.0).to(memory_format=torch.channels_last)
     model.teacher_head.requires_grad_(False)

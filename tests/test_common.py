@@ -19,6 +19,7 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as TF
 
 import common
+import sskd
 
 CPU = torch.device("cpu")
 
@@ -446,7 +447,7 @@ def test_released_labelled_files_give_the_golden_logits(name, tmp_path):
     vectors, facts = np.load(GOLDEN / "cifar_models.npz"), CIFAR[name]
     state = golden_fill(facts["state_dict"])
     torch.save({"epoch": 240, "state_dict" if name < "r" else "model": state}, tmp_path / "file.pth")
-    network = common.load_classifier(tmp_path / "file.pth", num_classes=100)
+    network = sskd.load_classifier(tmp_path / "file.pth", num_classes=100)
     assert sum(p.numel() for p in network.parameters()) == facts["parameters"]
     assert network.backbone.feature_dim == facts["feature_dim"]
     images = torch.from_numpy(vectors["images"])
@@ -456,19 +457,19 @@ def test_released_labelled_files_give_the_golden_logits(name, tmp_path):
     plain = network.plain().state_dict()  # torchvision's keys where it has the network
     assert all(torch.equal(*pair) for pair in zip(plain.values(), state.values(), strict=True))
     torch.save(plain, tmp_path / "backbone.pth")
-    assert torch.equal(common.load_classifier(tmp_path / "backbone.pth")(images), network(images))
+    assert torch.equal(sskd.load_classifier(tmp_path / "backbone.pth")(images), network(images))
     teacher = common.load_teacher(tmp_path / "file.pth", name)
     torch.testing.assert_close(teacher(images), network.features(images), rtol=0, atol=0)
 
 
 def test_a_student_of_the_released_sskd_code_is_read(tmp_path):
     """It saved the network under "backbone." beside the head of the contrastive task."""
-    network = common.build_classifier("vgg8", 100, 32)
+    network = sskd.build_classifier("vgg8", 100, 32)
     state = {f"backbone.{key}": value for key, value in network.plain().state_dict().items()}
     state |= {f"proj_head.{key}": value for key, value in common.mlp_head(512, 512, 512).state_dict().items()}
     torch.save({"epoch": 240, "state_dict": state, "best_acc": 75.3}, tmp_path / "student_best.pth")
     images = torch.randn(2, 3, 32, 32)
-    ours = common.load_classifier(tmp_path / "student_best.pth")
+    ours = sskd.load_classifier(tmp_path / "student_best.pth")
     assert torch.equal(ours(images), network.eval()(images))
 
 
@@ -476,13 +477,13 @@ def test_a_labelled_file_without_a_classifier_or_with_another_is_refused(tmp_pat
     backbone = common.build_backbone("resnet8")
     torch.save(backbone.state_dict(), tmp_path / "bare.pth")
     with pytest.raises(common.UserError, match=r"bare.pth holds no linear classifier"):
-        common.load_classifier(tmp_path / "bare.pth")
-    torch.save(common.build_classifier("resnet8", 7).plain().state_dict(), tmp_path / "seven.pth")
-    assert common.load_classifier(tmp_path / "seven.pth")(torch.randn(2, 3, 32, 32)).shape == (2, 7)
+        sskd.load_classifier(tmp_path / "bare.pth")
+    torch.save(sskd.build_classifier("resnet8", 7).plain().state_dict(), tmp_path / "seven.pth")
+    assert sskd.load_classifier(tmp_path / "seven.pth")(torch.randn(2, 3, 32, 32)).shape == (2, 7)
     with pytest.raises(common.UserError, match=r"seven.pth has 7 classes, --data has 10"):
-        common.load_classifier(tmp_path / "seven.pth", num_classes=10)
+        sskd.load_classifier(tmp_path / "seven.pth", num_classes=10)
     with pytest.raises(common.UserError, match="squeezenet1_1"):
-        common.build_classifier("squeezenet1_1", 10)
+        sskd.build_classifier("squeezenet1_1", 10)
 
 
 def test_cifar_resnets_start_as_crds():
@@ -570,7 +571,7 @@ def test_labelled_networks_saved_under_dataparallel_are_read(tmp_path):
     content = {"epoch": 90, "arch": "resnet18", "state_dict": prefixed("module.", network), "best_acc1": 69.8}
     torch.save(content, tmp_path / "model_best.pth.tar")
     images = torch.randn(2, 3, 64, 64)
-    torch.testing.assert_close(common.load_classifier(tmp_path / "model_best.pth.tar")(images), network(images))
+    torch.testing.assert_close(sskd.load_classifier(tmp_path / "model_best.pth.tar")(images), network(images))
     teacher = common.load_teacher(tmp_path / "model_best.pth.tar")
     torch.testing.assert_close(network.fc(teacher(images)), network(images))
 

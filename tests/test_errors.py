@@ -9,13 +9,14 @@ import torch
 from conftest import error_lines, free_port, run_script
 
 import common
+import sskd
 
 
 @pytest.fixture(scope="module")
 def vgg8_file(tmp_path_factory):
     """A labelled network that halves images three times."""
     path = tmp_path_factory.mktemp("labelled") / "vgg8.pth"
-    torch.save(common.build_classifier("vgg8", 10).plain().state_dict(), path)
+    torch.save(sskd.build_classifier("vgg8", 10).plain().state_dict(), path)
     return path
 
 
@@ -43,7 +44,7 @@ def folder(tmp_path, monkeypatch, image_folder, teacher_file, vgg8_file):
     half = torch.load(teacher_file, weights_only=True)
     del half["model"]["encoder.backbone.bn1.weight"]
     torch.save(half, tmp_path / "half.pth")
-    torch.save(common.build_classifier("resnet8", 7).plain().state_dict(), tmp_path / "seven.pth")
+    torch.save(sskd.build_classifier("resnet8", 7).plain().state_dict(), tmp_path / "seven.pth")
     (tmp_path / "vgg8.pth").symlink_to(vgg8_file)
     (tmp_path / "file").write_text("")
     (tmp_path / "names.txt").write_text("ant/0.jpg\nn1_7.JPEG\n")

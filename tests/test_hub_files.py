@@ -15,6 +15,7 @@ import torchvision
 from conftest import GOLDEN, ROOT, error_lines, golden_fill, run
 
 import common
+import sskd
 
 HUB = json.loads((GOLDEN / "hub_teachers.json").read_text())
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.bool: "BOOL"}
@@ -152,7 +153,7 @@ def test_convnexts_authors_names_are_read(tmp_path):
 def test_labelled_files_of_hubs_have_their_classifier(name, folders):
     state = golden_state(name)
     (weight,) = [value for key, value in state.items() if re.match(r"(head\.fc|classifier).*weight", key)]
-    network = common.load_classifier(folders[name], num_classes=len(weight))
+    network = sskd.load_classifier(folders[name], num_classes=len(weight))
     assert torch.equal(network.classifier.weight, weight) and network.mean_std == tuple(
         map(tuple, HUB[name]["mean_std"])
     )
@@ -165,7 +166,7 @@ def test_a_classifier_of_other_features_is_refused(tmp_path):
     torch.save(state, tmp_path / "dinov2.bin")
     assert common.load_teacher(tmp_path / "dinov2.bin").dim == 192
     with pytest.raises(common.UserError, match=r"dinov2.bin holds no linear classifier of its features"):
-        common.load_classifier(tmp_path / "dinov2.bin")
+        sskd.load_classifier(tmp_path / "dinov2.bin")
 
 
 def test_a_resnet_of_26_layers_is_read(tmp_path):

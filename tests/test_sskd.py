@@ -107,7 +107,7 @@ def test_rotations_share_the_flip_and_each_has_its_own_crop():
 
 def tiny_model(weights=WEIGHTS):
     torch.manual_seed(0)
-    student, teacher = (common.Classifier(GoldenBackbone(width), nn.Linear(2 * width, 5)) for width in (4, 6))
+    student, teacher = (sskd.Classifier(GoldenBackbone(width), nn.Linear(2 * width, 5)) for width in (4, 6))
     return SSKD(student, teacher, weights, kd_temperature=4.0, tf_temperature=4.0, ss_temperature=0.02, tf_ratio=0.5,
                 ss_ratio=0.5)  # fmt: skip
 
@@ -282,7 +282,7 @@ def test_three_stages_go_on_with_the_same_bits_and_give_a_plain_network(tmp_path
     plain.load_state_dict(torch.load(tmp_path / "whole" / "backbone.pth", weights_only=True))
     images = torch.randn(4, 3, 16, 16)
     for file in ("backbone.pth", "checkpoint.pth"):
-        student = common.load_classifier(tmp_path / "whole" / file)
+        student = sskd.load_classifier(tmp_path / "whole" / file)
         torch.testing.assert_close(plain.eval()(images), student(images))
         teacher = common.load_teacher(tmp_path / "whole" / file)  # of any other method: the features are the embedding
         assert torch.equal(teacher(images), student.features(images)) and teacher.dim == 64
@@ -321,7 +321,7 @@ def test_torchvisions_labelled_weights_are_a_teacher(tmp_path, monkeypatch):
 
     state = torchvision.models.resnet18().state_dict()
     monkeypatch.setattr(torchvision.models.ResNet18_Weights.DEFAULT.__class__, "get_state_dict", lambda *_, **__: state)
-    teacher = common.load_classifier("torchvision", "resnet18", num_classes=1000)
+    teacher = sskd.load_classifier("torchvision", "resnet18", num_classes=1000)
     images = torch.randn(2, 3, 64, 64)
     network = torchvision.models.resnet18()
     network.load_state_dict(state)
@@ -331,7 +331,7 @@ def test_torchvisions_labelled_weights_are_a_teacher(tmp_path, monkeypatch):
     torch.testing.assert_close(encoder(images), teacher.features(images))
     assert encoder.backbone.image_size == 224
     with pytest.raises(common.UserError, match="1000 classes, --data has 10"):
-        common.load_classifier("torchvision", "resnet18", num_classes=10)
+        sskd.load_classifier("torchvision", "resnet18", num_classes=10)
 
 
 def test_a_teacher_of_another_class_order_is_named(tmp_path, capfd):

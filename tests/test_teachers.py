@@ -14,6 +14,7 @@ import torchvision
 from conftest import GOLDEN, ROOT, golden_fill, on_processes, run
 
 import common
+import sskd
 
 VIT = json.loads((GOLDEN / "vit_teachers.json").read_text())
 
@@ -88,15 +89,15 @@ def test_labelled_transformers_have_a_classifier(tmp_path):
     """Of timm's and DeiT's naming, of torchvision's, and of torchvision's files, which name the layers otherwise."""
     torch.save({"model": state_of("dino_vit16", **{"head.weight": [7, 192], "head.bias": [7]})}, tmp_path / "deit.pth")
     images = torch.randn(2, 3, 64, 64)
-    network = common.load_classifier(tmp_path / "deit.pth", num_classes=7)
+    network = sskd.load_classifier(tmp_path / "deit.pth", num_classes=7)
     assert network(images).shape == (2, 7)
     plain = network.plain().state_dict()
     for new, old in ((".mlp.0.", ".mlp.linear_1."), (".mlp.3.", ".mlp.linear_2.")):
         torch.save(plain, tmp_path / "vit.pth")
-        assert torch.equal(common.load_classifier(tmp_path / "vit.pth")(images), network(images))
+        assert torch.equal(sskd.load_classifier(tmp_path / "vit.pth")(images), network(images))
         plain = {key.replace(new, old): value for key, value in plain.items()}
     torch.save(plain, tmp_path / "vit.pth")
-    assert torch.equal(common.load_classifier(tmp_path / "vit.pth")(images), network(images))
+    assert torch.equal(sskd.load_classifier(tmp_path / "vit.pth")(images), network(images))
 
 
 def test_a_transformer_of_ours_is_a_teacher_at_any_size(teacher_of, tmp_path):
@@ -106,7 +107,7 @@ def test_a_transformer_of_ours_is_a_teacher_at_any_size(teacher_of, tmp_path):
     assert teacher_of(content, image_size=96)(torch.randn(2, 3, 96, 96)).shape == (2, 768)
     content["state_dict"] |= {"heads.head.weight": torch.randn(10, 768), "heads.head.bias": torch.zeros(10)}
     torch.save(content, tmp_path / "labelled.pth")
-    classifier = common.load_classifier(tmp_path / "labelled.pth", image_size=96)
+    classifier = sskd.load_classifier(tmp_path / "labelled.pth", image_size=96)
     assert classifier(torch.randn(2, 3, 96, 96)).shape == (2, 10)
 
 
@@ -221,7 +222,7 @@ def test_a_program_is_refused_without_trust_and_where_it_does_not_do(program, tm
     with pytest.raises(common.UserError, match=r"teacher.pt2 is a program, which can run any code: .*--trust-teacher"):
         common.load_teacher(path)
     with pytest.raises(common.UserError, match=r"program .* no linear classifier"):
-        common.load_classifier(path)
+        sskd.load_classifier(path)
     with pytest.raises(common.UserError, match=r"teacher.pt2 .*: export it"):
         common.load_teacher(path, image_size=24, trust=True)
     (tmp_path / "text.pt2").write_text("no program")
