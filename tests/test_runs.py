@@ -47,7 +47,7 @@ def assert_same_outcome(one, other):
 
 
 def test_three_kills_of_the_fault_program(tmp_path):
-    """All 25, and on two processes: python tests/faults.py [--processes 2]"""
+    """All 25, and on two processes: python tests/tools/faults.py [--processes 2]"""
     for kind, number, _, differ in faults.survived(tmp_path, points=3, seed=5, processes=1):
         assert not differ, (kind, number)
 

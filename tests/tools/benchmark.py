@@ -1,4 +1,4 @@
-"""What the scripts cost, as ratios measured in pairs on this machine: python tests/benchmark.py
+"""What the scripts cost, as ratios measured in pairs on this machine: python tests/tools/benchmark.py
 
     Input path   images a second on one core, two views an image, against the PIL path of the released codes: 500x375
                  JPEG files to 224 pixels, and a set in memory at 32 pixels. "workers" is what a worker does (decode,
@@ -44,7 +44,7 @@ from PIL import Image, ImageFilter
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torchvision import transforms
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path[:0] = map(str, Path(__file__).parents[1:3])  # conftest.py, and the scripts
 
 from conftest import COLOR
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 READING = {"item", "tolist", "__bool__", "__int__", "__float__", "__index__", "__format__", "equal", "nonzero",
            "masked_select", "unique", "bincount"}  # fmt: skip
 
