@@ -135,6 +135,7 @@ def main():
     device = common.init_device(args.seed)
     size = args.image_size or common.default_image_size(args.data)
     teacher = common.load_teacher(args.teacher, args.teacher_arch, size, args.trust_teacher, args.teacher_mean_std)
+    args.teacher_mean_std = teacher.mean_std  # belongs to the run, also if a file beside the teacher's says it
     dataset = common.load_dataset(args.data, args.data_root, "pretrain", device, size)
     knn_sets = common.load_labelled(args.data, args.data_root, device, size) if args.knn_every else ()
     teacher.convert_from(common.mean_std_of(dataset))

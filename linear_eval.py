@@ -122,8 +122,9 @@ def main():
     if not size:
         files = [load_weights(args, name) for name in args.weights if name != "random"]
         size = max((file.backbone.image_size for file in files), default=common.default_image_size(args.data))
-    args.image_size = size  # it belongs to the run, and files beside the weights may move
     encoders = {name: load_weights(args, name, size) for name in args.weights}
+    args.image_size = size  # these belong to the run, also if a file beside the weights says them
+    args.teacher_mean_std = [encoder.mean_std for encoder in encoders.values()]
     for name, encoder in encoders.items():
         common.check_input_size(encoder.backbone, name, size)
         encoder.eval()

@@ -246,6 +246,7 @@ def main():
     if args.teacher:
         classes = len(train.classes)
         teacher = load_classifier(args.teacher, args.teacher_arch, classes, size, args.teacher_mean_std)
+        args.teacher_mean_std = teacher.mean_std  # belongs to the run, also if a file beside the teacher's says it
         teacher.convert_from(common.mean_std_of(train))
         common.check_input_size(teacher.backbone, args.teacher, size)
         networks.append(teacher)

@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+import shutil
 import time
 import types
 
@@ -12,7 +13,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
-from conftest import GOLDEN, ROOT, error_lines, golden_fill, run
+from conftest import GOLDEN, ROOT, error_lines, golden_fill, refused, run
 
 import common
 import sskd
@@ -552,6 +553,16 @@ def test_scripts_take_a_folder_say_what_they_read_and_keep_it(script, folders, t
     with pytest.raises(SystemExit):
         run(f"{script} {LINE} --teacher {teacher} --teacher-mean-std 0.5 --out {tmp_path}/other")
     assert "--teacher-mean-std" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["", "model.safetensors"])
+def test_other_numbers_beside_the_teacher_are_another_run(name, folders, tmp_path, capfd):
+    """The weights are the same, their images are not."""
+    shutil.copytree(folders["hf_vit_google"], tmp_path / "teacher")
+    line = LINE.replace("cifar10", "shapes:32") + f" --queue-size 32 --teacher {tmp_path}/teacher/{name}"
+    run(f"disco.py {line} --out {tmp_path}/run")
+    (tmp_path / "teacher" / "preprocessor_config.json").write_text('{"image_mean": [0, 0, 0], "image_std": [1, 1, 1]}')
+    assert "another run (teacher" in refused(f"disco.py {line} --out {tmp_path}/run", capfd)
 
 
 @pytest.mark.parametrize("data", ["cifar10", "stl10"])

@@ -44,7 +44,7 @@ from PIL import Image, ImageFilter
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torchvision import transforms
 
-sys.path[:0] = map(str, Path(__file__).parents[1:3])  # conftest.py, and the scripts
+sys.path.extend(map(str, Path(__file__).parents[1:3]))  # conftest.py, and the scripts
 
 from conftest import COLOR
 

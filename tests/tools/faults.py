@@ -1,4 +1,4 @@
-"""Kill a short DisCo run at many points, start it again, compare what comes out bit by bit: python tests/tools/faults.py
+"""Kill a short DisCo run at many points, start it again, compare what comes out bit by bit: tests/tools/faults.py
 
     --points 25      how many kills, of five kinds in turn: before an optimiser step; with half of a piece of a
                      checkpoint written; with half of a line of the log written; before a flush to disk; before a file
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-sys.path[:0] = map(str, Path(__file__).parents[1:3])  # conftest.py, and the scripts
+sys.path.extend(map(str, Path(__file__).parents[1:3]))  # conftest.py, and the scripts
 
 from conftest import run_script
 
