@@ -234,8 +234,11 @@ def load_dataset(data, data_root, split, device, image_size=32):
         splits = [name for name in names if re.match("(train|val|test)", name, re.IGNORECASE)]
         if splits:
             raise UserError(f"{folder} has {splits[0]} and no train: rename it, or pass the folder of training images")
-        return FolderDataset(folder, labelled=False)
-    return FolderDataset(folder / "train", labelled=False)
+    else:
+        folder = folder / "train"
+    dataset = FolderDataset(folder, labelled=False)
+    say(f"{folder}: {len(dataset)} images")
+    return dataset
 
 
 def load_labelled(data, data_root, device, image_size=32):
@@ -940,12 +943,13 @@ def remove_classifier(network):
 @torch.no_grad()
 def check_input_size(network, name, image_size, option="--image-size"):
     """Raise UserError where the network does not take images of this size."""
+    training = network.training
     try:
         network.eval()(torch.zeros(1, 3, image_size, image_size))
     except (RuntimeError, ValueError, AssertionError) as error:
         why = str(error).partition("\n")[0]
         raise UserError(f"{name} does not take images of {image_size} pixels ({why}): pass another {option}") from None
-    network.train()
+    network.train(training)
 
 
 def mlp_head(in_dim, hidden_dim, out_dim):
@@ -974,6 +978,11 @@ class Encoder(nn.Sequential):
         equal = self.mean_std in (None, mean_std)  # then nothing is computed
         device = next(self.parameters(), shift_scale).device
         self.register_buffer("shift_scale", None if equal else shift_scale.to(device), persistent=False)
+
+    def without_head(self):
+        """This encoder, with its features as embedding."""
+        self[1], self.dim = nn.Identity(), self.backbone.feature_dim
+        return self
 
     def forward(self, images):
         return self.features_and_output(images)[1]
@@ -2003,7 +2012,7 @@ def broadcast(value):
 def gather(x):
     """Concatenate every process's (N, ...) tensor in the order of ranks: (world_size * N, ...). No gradient flows."""
     if world_size() == 1:
-        return x
+        return x.detach()
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world_size())]
     dist.all_gather(parts, x.contiguous())
     return torch.cat(parts)

@@ -1,4 +1,4 @@
-"""Whole runs of a method's script. A fork copies this file and changes FORKS.
+"""Whole runs of a method's script. A fork copies this file and leaves its own row in FORKS.
 
 {teacher} is a checkpoint of a ResNet-8. {network} is the student: a ResNet-8, or where one process and two are compared
 SqueezeNet, which has no BatchNorm. The flags on top of SMALL make a run of eight steps.
@@ -49,6 +49,17 @@ def test_it_trains_resumes_with_the_same_bits_and_is_evaluated(script, tmp_path,
         f"--weights {files} --out {tmp_path}/eval")  # fmt: skip
     checkpoint, backbone = json.loads((tmp_path / "eval" / "eval.json").read_text()).values()
     assert checkpoint == backbone and 0 <= backbone["knn"]["5"] <= 100
+
+
+@pytest.mark.parametrize("script", [script for script in FORKS if "{teacher}" in FORKS[script]])
+def test_the_teacher_gets_images_with_its_own_normalisation(script, tmp_path, teacher_file):
+    """Whatever a fork takes from the teacher."""
+    line = line_of(script, teacher_file, "resnet8")
+    losses = []
+    for flag in ("", "--teacher-mean-std 0.5 0.5"):
+        run(f"{line} {tmp_path}/{len(losses)} --max-steps 1 {flag}")
+        losses.append(log_of(tmp_path / str(len(losses)))[0]["loss"])
+    assert losses[0] != pytest.approx(losses[1], rel=1e-4)
 
 
 @each_fork

@@ -4,6 +4,7 @@ A script gets the golden networks, queue and images in the place of its own; the
 what enters the queue are the script's.
 """
 
+import importlib
 import json
 
 import numpy as np
@@ -55,7 +56,7 @@ def as_its_own(script, vectors, suffix, monkeypatch):
 
     drawn = [0, 1]
     method = {"moco_v2": "MoCo", "disco": "DisCo", "seed": "SEED"}[script]
-    module = __import__(script)
+    module = importlib.import_module(script)
     build = getattr(module, method)
 
     def build_with_queues(*args):
@@ -100,3 +101,30 @@ def test_main_follows_the_golden_trajectory(name, tmp_path, monkeypatch):
     for queue in ("queue", "small_queue"):
         if f"final_{queue}" in vectors:
             np.testing.assert_allclose(state[queue], vectors[f"final_{queue}"], atol=2e-4)
+
+
+class Seen(Exception):
+    """What a script builds its method with."""
+
+
+OPTIONS = {
+    "moco_v2": ("MoCo", "--arch resnet8 --dim 5 --momentum 0.7 --temperature 0.3", [5, 40, 0.7, 0.3]),
+    "disco": ("DisCo", "--student resnet8 --teacher {teacher} --momentum 0.7 --temperature 0.3 --distill-weight 3 "
+              "--teacher-bn batch", [16, 40, 0.7, 0.3, 3.0, "batch"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("script", OPTIONS)
+def test_the_command_line_reaches_the_method(script, teacher_file, monkeypatch):
+    method, flags, expected = OPTIONS[script]
+
+    def build(*arguments):
+        raise Seen(arguments)
+
+    module = importlib.import_module(script)
+    monkeypatch.setattr(module, method, build)
+    line = f"{script}.py --data shapes:20 --image-size 16 --batch-size 10 --queue-size 40 {flags}"
+    monkeypatch.setattr("sys.argv", line.format(teacher=teacher_file).split())
+    with pytest.raises(Seen) as stop:
+        module.main()
+    assert list(stop.value.args[0])[-len(expected) :] == expected

@@ -555,6 +555,16 @@ def test_scripts_take_a_folder_say_what_they_read_and_keep_it(script, folders, t
     assert "--teacher-mean-std" in capfd.readouterr().err
 
 
+def test_a_teacher_without_its_head_keeps_its_normalisation(teacher_file):
+    teacher = common.load_teacher(teacher_file, mean_std=(0.5, 0.5))
+    images, width = torch.randn(2, 3, 16, 16), teacher.dim
+    features = teacher.features(images)
+    assert torch.equal(teacher.without_head()(images), features) and teacher.dim == 64 != width
+    assert not torch.equal(teacher.backbone(images), features)
+    common.check_input_size(teacher.backbone, "teacher", 16)
+    assert not teacher.backbone.training
+
+
 @pytest.mark.parametrize("name", ["", "model.safetensors"])
 def test_other_numbers_beside_the_teacher_are_another_run(name, folders, tmp_path, capfd):
     """The weights are the same, their images are not."""
