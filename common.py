@@ -229,16 +229,18 @@ def load_dataset(data, data_root, split, device, image_size=32):
     if split != "pretrain":
         return FolderDataset(folder / split)
     # Without labels, images may lie anywhere: below train/, or where there is none, below the folder itself
-    names = broadcast(sorted(os.listdir(folder)) if rank() == 0 and folder.is_dir() else None)
-    if names is not None and "train" not in names:
-        splits = [name for name in names if re.match("(train|val|test)", name, re.IGNORECASE)]
-        if splits:
-            raise UserError(f"{folder} has {splits[0]} and no train: rename it, or pass the folder of training images")
-    else:
-        folder = folder / "train"
-    dataset = FolderDataset(folder, labelled=False)
-    say(f"{folder}: {len(dataset)} images")
-    return dataset
+    names = broadcast(sorted(os.listdir(folder)) if rank() == 0 and folder.is_dir() else ["train"])
+    splits = [name for name in names if re.match("(train|val|test)", name, re.IGNORECASE)]
+    if "train" in names:
+        others = [
+            name for name in names if name not in splits and not name.startswith(HIDDEN) and (folder / name).is_dir()
+        ]
+        if others:
+            say(f"{folder}: images below train/ alone are used, and not those below {others[0]}/")
+        return FolderDataset(folder / "train", labelled=False)
+    if splits:
+        raise UserError(f"{folder} has {splits[0]} and no train: rename it, or pass the folder of training images")
+    return FolderDataset(folder, labelled=False)
 
 
 def load_labelled(data, data_root, device, image_size=32):

@@ -262,3 +262,15 @@ def test_torchrun_shows_one_line_and_its_own_report(folder):
 def test_exit_code_is_2_from_the_shell(tmp_path):
     done = run_script("disco.py --teacher none.pth --student resnet8", cwd=tmp_path, check=False)
     assert done.returncode == 2 and done.stderr == "disco.py: error: no file none.pth\n"
+
+
+# ------------------------------------------------------------------------------------------------------------- Defaults
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="macOS")
+@pytest.mark.parametrize("cores, processes, workers", [(3, 1, 3), (32, 1, 8), (6, 2, 3), (1, 4, 1)])
+def test_as_many_workers_as_the_process_has_cores(cores, processes, workers, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    parser = common.common_parser("disco", "", epochs=1, batch_size=1, lr=1, weight_decay=0)
+    assert parser.parse_args([]).workers == workers

@@ -1,12 +1,16 @@
 """Data sets and single images: what a folder holds, formats and grey levels, and the identity of data."""
 
+import io
 import json
 import os
 import shutil
+import struct
+import zlib
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from conftest import error_lines, refused, run
 from PIL import Image, features
 
@@ -302,3 +306,117 @@ def test_class_names_stand_in_the_config_and_beside_figures_per_class(tmp_path, 
     (result,) = json.loads((tmp_path / "run" / "eval.json").read_text()).values()
     assert result["linear"]["classes"] == ["10", "2", "9"] and len(result["linear"]["per_class"]) == 3
     assert list(result["knn"]) == ["10", "20", "24"]  # as far as there are images
+
+
+# -------------------------------------------------------------------------------------------------- Data sets in memory
+
+
+def test_few_labels_are_balanced_and_fixed_by_the_seed(image_folder):
+    labels = torch.tensor([0] * 40 + [1] * 20 + [2] * 2)[torch.randperm(62)]
+    images = torch.arange(62, dtype=torch.uint8).view(62, 1, 1, 1).expand(-1, 3, 4, 4)
+    dataset = common.ArrayDataset(images, labels, "abc", torch.device("cpu"))
+    part = common.subsample_per_class(dataset, 0.1, seed=0)
+    assert len(part) == 7 and torch.bincount(part.labels).tolist() == [4, 2, 1] and len(dataset) == 62
+    assert torch.equal(labels[part.images[:, 0, 0, 0].long()], part.labels)
+    assert torch.equal(part.images, common.subsample_per_class(dataset, 0.1, seed=0).images)
+    assert not torch.equal(part.images, common.subsample_per_class(dataset, 0.1, seed=1).images)
+    folder = common.FolderDataset(image_folder / "train")
+    part = common.subsample_per_class(folder, 0.5, seed=0)
+    assert len(part) == len(folder) // 2 and torch.bincount(part.labels).tolist() == [4, 4]
+    for i, label in enumerate(part.labels):
+        assert folder.classes[label] in part.path(i).split("/")
+
+
+def test_an_image_of_16_bits_keeps_its_grey_levels(tmp_path):
+    from PIL import Image
+
+    deep = np.linspace(0, 2**16 - 1, 1200).reshape(30, 40).astype(np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    image = common.read_image(str(tmp_path / "deep.png"))
+    assert image.dtype == torch.uint8 and image.shape == (3, 30, 40)
+    assert abs(image[0].numpy() - deep / 257).max() <= 1
+
+
+def png(levels, kind, transparent=None):
+    """A PNG file, byte for byte: levels (H, W, channels) of uint8 or uint16, PNG's colour type, its tRNS chunk."""
+
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    height, width, _ = levels.shape
+    header = struct.pack(">IIBBBBB", width, height, 8 * levels.itemsize, kind, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(levels.dtype.newbyteorder(">")).tobytes() for row in levels)
+    chunks = chunk(b"IHDR", header) + (chunk(b"tRNS", transparent) if transparent else b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_transparent_pixels_are_white_and_an_animation_is_its_first_frame(bits, tmp_path):
+    from PIL import Image
+
+    dtype, full = {8: np.uint8, 16: np.uint16}[bits], 2**bits - 1
+    color = np.full((1, 4, 3), [full, 0, full // 5], dtype)  # under all of the pixels, the transparent ones too
+    alpha = np.array([full, full // 5 * 3, full // 5, 0], dtype).reshape(1, 4, 1)
+    covered = np.array([1, 0.6, 0.2, 0])
+    expected = 255 * (covered * [[1], [0], [0.2]] + 1 - covered)
+    grey = np.array([full, full // 5, 0, 0], dtype).reshape(1, 4, 1)
+    files = {
+        "rgba": (png(np.concatenate([color, alpha], axis=2), 6), expected),
+        "grey and alpha": (png(np.concatenate([color[..., 1:2], alpha], axis=2), 4), expected[[1]].repeat(3, 0)),
+        "grey with a transparent level": (png(grey, 0, b"\0\0"), [[255, 51, 255, 255]] * 3),
+    }
+    palette = Image.fromarray(np.array([[0, 1, 2, 2]], np.uint8), "P")
+    palette.putpalette([255, 0, 51, 0, 0, 0, 9, 9, 9])
+    for suffix, save in {"png": {}, "gif": {"save_all": True, "append_images": [palette.rotate(180)]}}.items():
+        buffer = io.BytesIO()
+        palette.save(buffer, suffix, transparency=2, **save)
+        files[suffix] = buffer.getvalue(), [[255, 0, 255, 255], [0, 0, 255, 255], [51, 0, 255, 255]]
+    for name, (content, pixels) in files.items():
+        path = tmp_path / f"{name}.jpg"  # the content counts, not the name
+        path.write_bytes(content)
+        image = common.read_image(str(path))
+        assert image.dtype == torch.uint8 and image.shape == (3, 1, 4), name
+        assert np.abs(image[:, 0].numpy() - np.array(pixels)).max() <= 1, name
+
+
+def test_shapes_are_balanced_repeatable_and_not_solved_by_pixels():
+    """Raw pixels of the README's quick start stay below 50 %, as its table says."""
+    sets = [common.load_dataset("shapes:3000", None, split, CPU, 24) for split in ("train", "val")]
+    again, labels = common.draw_shapes(3000, 24, seed=0)
+    assert again.dtype == torch.uint8 and again.shape == (3000, 3, 24, 24) and torch.equal(sets[0].images, again)
+    assert labels.bincount().tolist() == [300] * 10 and torch.equal(sets[0].labels, labels)
+    assert not (again[:2000] == sets[1].images).all(dim=(1, 2, 3)).any()
+    train, val = ((common.normalize(x.images / 255, common.mean_std_of(x)).flatten(1), x.labels) for x in sets)
+    accuracy = common.knn_accuracy(train, val, [10, 20], 10)["knn"]
+    assert 40 < accuracy[20] < accuracy[10] < 50
+    assert common.load_dataset("shapes:30", None, "train", CPU, 48).images.shape == (30, 3, 48, 48)
+
+
+def test_small_sets_come_out_as_one_tensor(tmp_path, monkeypatch):
+    """Shapes, splits and labels, from stand-ins that give what each of torchvision's classes stores."""
+
+    def stored(data, **labels):
+        def opener(root, download=False, **options):
+            split = options.get("split", "train" if options.get("train") else "test")
+            return type("Stored", (), {"data": data, **labels, "classes": ["a", "b"], "split": seen.append(split)})
+
+        return opener
+
+    seen, rng = [], np.random.default_rng(0)
+    hwc, chw = rng.integers(0, 256, (6, 32, 32, 3), np.uint8), rng.integers(0, 256, (6, 3, 96, 96), np.uint8)
+    sets = torchvision.datasets
+    monkeypatch.setattr(sets, "CIFAR10", stored(hwc, targets=[0, 1, 2, 3, 4, 9]))
+    monkeypatch.setattr(sets, "CIFAR100", stored(hwc, targets=[0, 1, 2, 3, 4, 99]))
+    monkeypatch.setattr(sets, "STL10", stored(chw, labels=np.array([-1] * 6)))
+    monkeypatch.setattr(sets, "FashionMNIST", stored(torch.from_numpy(hwc[..., 0]), targets=torch.arange(6)))
+    for name, size in (("cifar10", 32), ("cifar100", 32), ("stl10", 96), ("fashion_mnist", 32)):
+        for split in ("pretrain", "train", "val"):
+            seen.clear()
+            dataset = common.load_dataset(name, tmp_path, split, CPU)
+            wanted = {"pretrain": "unlabeled"} if name == "stl10" else {"pretrain": "train"}
+            assert seen[-1] == {**wanted, "train": "train", "val": "test"}[split]
+            assert common.default_image_size(name) == size and dataset.classes == ["a", "b"]
+            assert dataset.images.shape[:2] == (6, 3) and dataset.images.dtype == torch.uint8
+    assert (dataset.images[0, 0] == dataset.images[0, 2]).all()  # grey, from Fashion-MNIST
+    cifar = common.load_dataset("cifar10", tmp_path, "train", CPU).images
+    assert (cifar.permute(0, 2, 3, 1).numpy() == hwc).all()

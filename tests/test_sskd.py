@@ -263,12 +263,13 @@ def test_three_stages_go_on_with_the_same_bits_and_give_a_plain_network(tmp_path
     capsys.readouterr()
     run(f"{line} --out {tmp_path}/whole")
     whole = capsys.readouterr().out
+    models = {}
     for stop in (2, 6, 8, 12):  # inside the head's epochs, between the stages, inside the student's
         run(f"{line} --out {tmp_path}/parts --max-steps {stop}")
         parts = capsys.readouterr().out
         checkpoint = torch.load(tmp_path / "parts" / "checkpoint.pth", weights_only=True)
         assert checkpoint["step"] == stop
-        between = checkpoint["model"] if stop == 6 else between if stop > 6 else None
+        models[stop] = checkpoint["model"]
     assert whole.splitlines()[-1] == parts.splitlines()[-1] and "validation images" in whole
     first, second = (torch.load(tmp_path / f / "checkpoint.pth", weights_only=True) for f in ("whole", "parts"))
     assert first["step"] == second["step"] == 12
@@ -276,7 +277,7 @@ def test_three_stages_go_on_with_the_same_bits_and_give_a_plain_network(tmp_path
     for name, value in first["model"].items():
         assert torch.equal(value, second["model"][name]), name
         if name.endswith("weight") and value.ndim > 1:  # a stage trains its own parts
-            assert torch.equal(value, between[name]) == name.startswith("teacher_head"), name
+            assert torch.equal(value, models[6][name]) == name.startswith("teacher_head"), name
     log = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
     assert "teacher_top1" in log[0] and [line["step"] for line in log if "top1" in line] == [6, 9, 12]
     assert [line["lr"] for line in log if "loss" in line] == pytest.approx([0.02, 0.002, 0.05, 0.05])
