@@ -66,14 +66,8 @@ except ImportError:
 SMALL_SETS = {"cifar10": 32, "cifar100": 32, "stl10": 96, "fashion_mnist": 32, "shapes": 32}  # pixels of their images
 IMAGENET_MEAN_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of red, green and blue
 CIFAR_MEAN_STD = (0.5071, 0.4866, 0.4409), (0.2675, 0.2565, 0.2761)
-HIDDEN = (
-    ".",
-    "__MACOSX",
-    "@eaDir",
-    "lost+found",
-    "$RECYCLE.BIN",
-    "System Volume",
-)  # entries whose names begin so are the system's, not data
+# Entries whose names begin so are the system's, not data
+HIDDEN = (".", "__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume")
 
 
 class ArrayDataset:
@@ -116,33 +110,32 @@ def list_folder(root, labelled=True):
     decode are passed over with one line, hidden ones in silence. Names: uint8 (N, longest name), each row the bytes of
     a name and zeros: a tensor, which workers do not copy. Raises UserError for a folder or a class without an image.
     """
-    listing = None
-    if rank() == 0:
-        try:
-            listing = find_images(root, labelled)
-        except OSError as error:
-            raise UserError(f"{root}: {error}: pass --data FOLDER with train/ and val/ in it, or shapes") from None
-    names, labels, classes = broadcast(listing)
-    return torch.from_numpy(names.view(np.uint8).reshape(len(names), -1)), torch.from_numpy(labels), classes
+    try:
+        names, labels, classes = broadcast(find_images(root, labelled) if rank() == 0 else None)
+    except OSError as error:
+        raise UserError(f"{root}: {error}: pass --data FOLDER with train/ and val/ in it, or shapes") from None
+    return torch.from_numpy(names).view(len(labels), -1), torch.tensor(labels), classes
 
 
 def find_images(root, labelled):
-    """The work of `list_folder` on rank 0: arrays of names and labels, and class names."""
+    """The work of `list_folder` on rank 0: bytes of all names (an array), labels and class names."""
 
     def fail(error):
         raise error
 
     # Some of Pillow's formats are only recognised: files of data and films
-    suffixes = {suffix for suffix, name in Image.registered_extensions().items()
-                if name in (*Image.OPEN, "MPO") and name not in ("BUFR", "GRIB", "HDF5", "MPEG", "WMF")}  # fmt: skip
-    found, others, classes = [], [], None
+    suffixes = Image.registered_extensions()
+    formats = {*Image.OPEN, "MPO"} - {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
+    suffixes = {suffix for suffix in suffixes if suffixes[suffix] in formats}
+    found, others, classes = [], [], []
     above = {root: {os.path.realpath(root)}}  # of each folder, itself and those above, which a link in it can lead to
     for folder, folders, files in os.walk(root, onerror=fail, followlinks=True):
         places = {name: os.path.join(folder, name) for name in folders if not name.startswith(HIDDEN)}
         places = {name: path for name, path in places.items() if os.path.realpath(path) not in above[folder]}
         above |= {path: above[folder] | {os.path.realpath(path)} for path in places.values()}
         folders[:] = places
-        classes = sorted(folders) if classes is None and labelled else classes or []
+        if labelled and folder == root:
+            classes = sorted(folders)
         place = os.path.relpath(folder, root)
         label = place.split(os.sep)[0]
         for name in files:
@@ -161,7 +154,7 @@ def find_images(root, labelled):
     numbers = {name: number for number, name in enumerate(classes)}
     found.sort()
     names = np.array([os.fsencode(os.path.normpath(os.path.join(place, name))) for _, place, name in found])
-    return names, np.array([numbers.get(label, 0) for label, _, _ in found]), classes
+    return names.view(np.uint8), [numbers.get(label, 0) for label, _, _ in found], classes
 
 
 def read_image(path):
@@ -229,13 +222,13 @@ def load_dataset(data, data_root, split, device, image_size=32):
     if split != "pretrain":
         return FolderDataset(folder / split)
     # Without labels, images may lie anywhere: below train/, or where there is none, below the folder itself
-    names = broadcast(sorted(os.listdir(folder)) if rank() == 0 and folder.is_dir() else None)
-    if names is not None and "train" not in names:
-        splits = [name for name in names if re.match("(train|val|test)", name, re.IGNORECASE)]
-        if splits:
-            raise UserError(f"{folder} has {splits[0]} and no train: rename it, or pass the folder of training images")
-        return FolderDataset(folder, labelled=False)
-    return FolderDataset(folder / "train", labelled=False)
+    names = broadcast(sorted(os.listdir(folder)) if rank() == 0 and folder.is_dir() else ["train"])
+    if "train" in names:
+        return FolderDataset(folder / "train", labelled=False)
+    for name in names:
+        if re.match("(train|val|test)", name, re.IGNORECASE):
+            raise UserError(f"{folder} has {name} and no train: rename it, or pass the folder of training images")
+    return FolderDataset(folder, labelled=False)
 
 
 def load_labelled(data, data_root, device, image_size=32):
@@ -255,15 +248,13 @@ def in_memory(dataset):
 
 def labels_of(dataset):
     """Labels of all images, (N,); a data set without `labels` or `targets` is read once for them, -1 if unreadable."""
-
-    def read(index):
-        try:
-            return int(dataset[index][1])
-        except Exception:  # as many types as there are ways to be unreadable
-            return -1
-
     labels = getattr(dataset, "labels", getattr(dataset, "targets", None))
-    return torch.as_tensor([read(index) for index in range(len(dataset))] if labels is None else labels)
+    if labels is None:
+        labels = [-1] * len(dataset)
+        for index in range(len(dataset)):
+            with contextlib.suppress(Exception):  # as many types as there are ways to be unreadable
+                labels[index] = int(dataset[index][1])
+    return torch.as_tensor(labels)
 
 
 def subsample_per_class(dataset, fraction, seed):
@@ -299,18 +290,17 @@ def describe_content(dataset):
     for name in ("images", "names", "labels"):
         if isinstance(getattr(dataset, name, None), torch.Tensor):
             digest.update(getattr(dataset, name).cpu().contiguous().numpy())
-    if not in_memory(dataset):
-        files = isinstance(dataset, FolderDataset)
-        most = 1000 if files else 100
-        for index in np.linspace(0, len(dataset) - 1, min(most, len(dataset))).astype(int).tolist():
-            try:
-                if files:
-                    with open(dataset.path(index), "rb") as file:
-                        digest.update(b"%d" % os.fstat(file.fileno()).st_size + file.read(2**16))
-                else:
-                    digest.update(to_rgb(dataset[index][0]).contiguous().numpy())
-            except Exception as error:  # as many types as there are ways to be unreadable
-                digest.update(type(error).__name__.encode())
+    files = isinstance(dataset, FolderDataset)
+    count = 0 if in_memory(dataset) else min(len(dataset), 1000 if files else 100)
+    for index in np.linspace(0, len(dataset) - 1, count).astype(int).tolist():
+        try:
+            if files:
+                with open(dataset.path(index), "rb") as file:
+                    digest.update(b"%d" % os.fstat(file.fileno()).st_size + file.read(2**16))
+            else:
+                digest.update(to_rgb(dataset[index][0]).contiguous().numpy())
+        except Exception as error:  # as many types as there are ways to be unreadable
+            digest.update(type(error).__name__.encode())
     return f"{len(dataset)} images of {len(dataset.classes)} classes, content {digest.hexdigest()[:16]}"
 
 
@@ -320,13 +310,14 @@ def load_small_set(name, root, split):
     opener, options = getattr(torchvision.datasets, names[name]), {"train": split != "val"}
     if name == "stl10":
         options = {"split": {"pretrain": "unlabeled", "train": "train", "val": "test"}[split]}
-    for own_turn in (rank() == 0, rank() > 0):
-        if own_turn:
-            try:
-                found = opener(root, download=rank() == 0, **options)
-            except (OSError, RuntimeError) as error:
-                raise UserError(f"cannot open {name} in {root} ({error}): pass --data-root") from None
-        gather(torch.zeros(1))  # the others wait
+    if rank() > 0:
+        broadcast(None)  # waits for rank 0
+    try:
+        found = opener(root, download=rank() == 0, **options)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"cannot open {name} in {root} ({error}): pass --data-root") from None
+    if rank() == 0:
+        broadcast(None)
     images = torch.as_tensor(found.data)
     if images.ndim == 3:  # grey: three channels that share their memory
         images = images[:, None].expand(-1, 3, -1, -1)
@@ -610,8 +601,8 @@ class TrainingBatches:
     def __init__(self, dataset, views, batch_size, seed):
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
         self.views = [replace(view, augment=None) for view in views]  # any function may stand there, even a lambda
-        self.share = batch_size // world_size()
-        self.own = slice(rank() * self.share, (rank() + 1) * self.share)
+        self.rows = batch_size // world_size()
+        self.own = slice(rank() * self.rows, (rank() + 1) * self.rows)  # workers do not know the rank
 
     def __getitem__(self, step):
         epoch, batch = divmod(step, len(self.dataset) // self.batch_size)
@@ -631,7 +622,7 @@ class CenterCrops:
     """Batches of evaluation: centre crops of the images with these indices, in their order."""
 
     def __init__(self, dataset, image_size, indices, batch_size):
-        self.dataset, self.views = dataset, [View(image_size)]
+        self.dataset, self.views, self.rows = dataset, [View(image_size)], min(batch_size, len(indices))
         self.parts = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
 
     def __len__(self):
@@ -683,21 +674,16 @@ def make_dataloader(batches, numbers, count, workers, device):
     """
     workers = 0 if in_memory(batches.dataset) else workers
     if workers and os.path.isdir("/dev/shm"):
-        rows = max(map(len, batches.parts), default=0) if isinstance(batches, CenterCrops) else batches.share
-        sizes = [rows * 8, *(rows * 3 * view.size**2 for view in batches.views)]  # of the tensors of a batch
-        under_way = min(count, 2 * workers + 1) * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        needed = (16 * workers + under_way * sum(-(-size // 4096) + 1 for size in sizes)) * 4096  # with semaphores
-        free = shutil.disk_usage("/dev/shm").free
+        batch = batches.rows * sum(3 * view.size**2 for view in batches.views)  # bytes
+        needed = min(count, 2 * workers + 1) * batch * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) / 2**20
+        free = shutil.disk_usage("/dev/shm").free / 2**20
         if needed > free:
-            raise UserError(f"--workers {workers} put up to {needed / 2**20:.1f} MiB of images into /dev/shm, where "
-                            f"{free / 2**20:.1f} MiB are free: enlarge it (docker run --shm-size), or lower --workers "
-                            "or --batch-size")  # fmt: skip
-    options = {"persistent_workers": True, "worker_init_fn": worker_init, "timeout": LOST_BATCH} if workers else {}
+            raise UserError(f"--workers {workers} put up to {needed:.1f} MiB of images into /dev/shm, where {free:.1f} "
+                            "MiB are free: enlarge it (docker run --shm-size), or lower --workers")  # fmt: skip
+    # A batch that takes longer than ten minutes is lost
+    options = {"persistent_workers": True, "worker_init_fn": worker_init, "timeout": 600} if workers else {}
     pin_memory = device.type == "cuda" and not in_memory(batches.dataset)
     return DataLoader(batches, None, sampler=numbers, num_workers=workers, pin_memory=pin_memory, **options)
-
-
-LOST_BATCH = 600  # seconds; a batch that takes longer is lost
 
 
 def worker_init(worker):
@@ -890,10 +876,10 @@ def widened_resnet50(times):
 PARAMETERS = {name: torchvision.models.get_model_weights(name).DEFAULT.meta["num_params"]
               for name in torchvision.models.list_models(module=torchvision.models)
               if not name.startswith(("googlenet", "inception", "mnasnet"))}  # fmt: skip
-WIDENED = {f"resnet50w{times}": partial(widened_resnet50, times) for times in (2, 4, 5)}
-LARGE_NETWORKS = {name: partial(torchvision.models.get_model, name) for name in PARAMETERS} | WIDENED
-PARAMETERS["resnet26"] = 15_995_176  # of timm and Hugging Face
+LARGE_NETWORKS = {name: partial(torchvision.models.get_model, name) for name in PARAMETERS}
+LARGE_NETWORKS |= {f"resnet50w{times}": partial(widened_resnet50, times) for times in (2, 4, 5)}
 LARGE_NETWORKS["resnet26"] = partial(torchvision.models.ResNet, torchvision.models.resnet.Bottleneck, [2, 2, 2, 2])
+PARAMETERS |= {"resnet26": 15_995_176, "resnet50w2": 98_004_072, "resnet50w4": 383_571_176, "resnet50w5": 596_691_240}
 NETWORK_NAMES = list({**CIFAR_NETWORKS, **LARGE_NETWORKS})
 
 
@@ -988,17 +974,16 @@ class Encoder(nn.Sequential):
     @torch.no_grad()
     def features(self, images):
         """Features (N, feature_dim) of the backbone, float32, without gradient."""
-        images = images if self.shift_scale is None else self.shift_scale[0].addcmul(images, self.shift_scale[1])
-        with torch.autocast(images.device.type, self.amp, enabled=self.amp is not None):
-            return self.backbone(images).float()
+        return self.features_and_output(images)[0]
 
 
 # ---------------------------------------------------------------------------------------------------- Files of networks
 
 # Where files keep what: patterns of the beginnings of each part's keys; other keys are not read. A file is of the first
-# format whose recognised_by its keys have, also behind a prefix, which is left out. activation: of the head.
+# format whose recognised_by its keys have, also behind a prefix, which is left out; "(?!)" matches nothing. activation:
+# of the head.
 FileFormat = namedtuple("FileFormat", "written_by recognised_by backbone head classifier activation",
-                        defaults=(None, None, nn.ReLU))  # fmt: skip
+                        defaults=("(?!)", "(?!)", nn.ReLU))  # fmt: skip
 FILE_FORMATS = (
     FileFormat("moco_v2.py", r"encoder\.backbone\.", "encoder.backbone.", "encoder.head."),
     FileFormat("disco.py, seed.py, sskd.py", r"student\.backbone\.", "student.backbone.", "student.head.",
@@ -1165,9 +1150,8 @@ def load_backbone(path, arch, image_size=None, mean_std=None):
     if name.startswith("convnext"):
         default = 1e-12 if beside.get("model_type") == "convnext" else 1e-6  # the first in Hugging Face's own
         backbone.classifier[0].eps = beside.get("layer_norm_eps", default)
-    for part in ("weight", "bias"):
-        if f"{backbone.classifier_name}.{part}" in state:
-            classifier[part] = state.pop(f"{backbone.classifier_name}.{part}")
+    for key in {f"{backbone.classifier_name}.weight", f"{backbone.classifier_name}.bias"} & state.keys():
+        classifier[key.rpartition(".")[2]] = state.pop(key)
     for key, value in [*state.items(), *head.items(), *classifier.items()]:
         if not value.isfinite().all():
             raise UserError(f"{path} holds weights that are not finite ({key})")
@@ -1226,11 +1210,9 @@ def split_state(path, checkpoint):
     state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
     file_format, outer = recognise(FILE_FORMATS, state)
     for part in ("head", "classifier", "backbone"):  # in this order: the backbone's prefix may begin the others, too
-        pattern = getattr(file_format, part)
-        found = {
-            key: re.match(re.escape(outer) + pattern.replace(".", r"\."), key) for key in state if pattern is not None
-        }
-        parts[part] = {key[match.end() :]: state.pop(key) for key, match in found.items() if match}
+        start = re.escape(outer) + getattr(file_format, part).replace(".", r"\.")
+        keys = [key for key in state if re.match(start, key)]
+        parts[part] = {re.sub(start, "", key, count=1): state.pop(key) for key in keys}
     table, prefix = recognise(KEY_TABLES, parts["backbone"], "$")
     backbone = {}
     for key, value in parts["backbone"].items():
@@ -1373,43 +1355,42 @@ class Program(nn.Module):
 
 
 def infer_arch(path, state, arch=None):
-    """Name of the network that a state dict fits, its backbone on the meta device, and the dict with its keys.
+    """Name of the network that a state dict fits best, its backbone on the meta device, and the dict with its keys.
 
-    Raises UserError where no network has similar shapes. Keys of CRD's files become those of `CIFAR_NETWORKS`, in their
-    order.
+    Raises UserError where no network has similar shapes. CRD's keys become those of `CIFAR_NETWORKS`, in their order.
     """
     # The last matrix of this name is a classifier of any number of classes, or there is none
     count = sum(value.numel() for value in state.values())
     matrices = [key for key in state if re.match("classifier|fc|head|linear", key) and state[key].ndim == 2]
-    matrix = state[max(matrices)] if matrices else torch.empty(1000, 0)
-    crd = any(re.match(r"block0\.0\.|blocks\.0\.|linear\.|layer1\.0\.shortcut", key) for key in state)
-    counts = count, count + (1000 - len(matrix)) * matrix.shape[1]
+    classes, width = state[max(matrices)].shape if matrices else (1000, 0)
+    counts = count, count + (1000 - classes) * width
     near = sorted(PARAMETERS, key=lambda name: min(abs(PARAMETERS[name] - n) for n in counts))[:12]
+    regnet = any("trunk_" in key for key in state)
     kernel = min((state[key].shape[-1] for key in state if re.fullmatch(KEY_TABLES[-1].recognised_by, key)), default=7)
     size = 32 if "conv1.weight" in state and kernel == 3 else 224
-    # CIFAR's networks begin with small kernels and have at most 24 million parameters, the widened ones at least 94
-    others = [(name, 32) for name in CIFAR_NETWORKS if kernel <= 3]
-    others = others if min(counts) < 4e7 else [(name, 224) for name in WIDENED]
-    trials = [(name, size) for name in near if ("regnet" in name) == any("trunk_" in key for key in state)] + others
-    best = (-1,)
+    trials = [(name, size) for name in near if ("regnet" in name) == regnet]
+    trials += [(name, 32) for name in CIFAR_NETWORKS if kernel <= 3]
+    crd = any(re.match(r"block0\.0\.|blocks\.0\.|linear\.|layer1\.0\.shortcut", key) for key in state)
+    best = -1
     for name, image_size in [(arch, size), (arch, 32)] if arch else trials:
         with torch.device("cpu" if "regnet" in name else "meta"):  # RegNets compute their widths with real tensors
             backbone = build_backbone(name, image_size)
-        expected, found = {key: value.shape for key, value in backbone.state_dict().items()}, state
+        expected, renamed = {key: value.shape for key, value in backbone.state_dict().items()}, state
         classifier = [f"{backbone.classifier_name}.weight", f"{backbone.classifier_name}.bias"]
         if crd and len(state) - len(expected) in (0, 2) and not expected.keys() <= state.keys():
-            found = dict(zip([*expected, *classifier], state.values(), strict=False))
-        shapes = {key: value.shape for key, value in found.items() if key not in classifier}
+            renamed = dict(zip([*expected, *classifier], state.values(), strict=False))
+        shapes = {key: value.shape for key, value in renamed.items() if key not in classifier}
         same = len(expected.items() & shapes.items()) / max(len(expected), len(shapes))
-        best = max(best, (same, name, backbone, found), key=lambda match: match[0])
+        if same > best:
+            best, found = same, (name, backbone, renamed)
         if same == 1:
             break
-    if best[0] <= 0.5 and not arch:
+    if best <= 0.5 and not arch:
         some = ", ".join(f"{key} {list(value.shape)}" for key, value in list(state.items())[:3])
         known = "; ".join(file_format.written_by for file_format in FILE_FORMATS)
         raise UserError(f"{path} fits no network known here (it begins with {some}): {EXPORT}; these files are read: "
                         f"{known}")  # fmt: skip
-    return best[1:]
+    return found
 
 
 def load_strict(module, state, what, assign=False, advice=""):
@@ -1536,10 +1517,7 @@ def writing(path, mode="ab"):
 
 def save_from_cpu(content, file):
     """torch.save with all tensors moved to the CPU, so that a machine without a GPU can load the file."""
-    copied = tree_map(lambda x: x.cpu() if isinstance(x, torch.Tensor) else x, content)
-    if hasattr(content, "_metadata"):  # of a state dict: versions of modules
-        copied._metadata = content._metadata
-    torch.save(copied, file)
+    torch.save(tree_map(lambda x: x.cpu() if isinstance(x, torch.Tensor) else x, content), file)
 
 
 def atomic_write(path, write):
@@ -1555,11 +1533,17 @@ def atomic_write(path, write):
 def describe_files(names):
     """Hashes of the files that an argument names, a list; a word that names none, as torchvision, stays as it is."""
     hashes = []
-    for name in [names] if isinstance(names, str) else names:
+    for name in [names] if isinstance(names, str) else names or ():
         files = [Path(weights_file(name)), *(sorted(Path(name).glob("*.json")) if Path(name).is_dir() else ())]
         content = hashlib.sha256(b"".join(file.read_bytes() for file in files if file.is_file())).hexdigest()
         hashes.append(content[:16] if files[0].is_file() else name)
     return hashes
+
+
+def identity(config):
+    """What must be equal to continue a run: the inputs' content, and the arguments that change the result."""
+    arguments = {name: value for name, value in config["arguments"].items() if name not in MAY_CHANGE_ON_RESUME}
+    return json.loads(json.dumps({"script": config["script"], **arguments, **config["inputs"]}))
 
 
 class Run:
@@ -1583,21 +1567,20 @@ class Run:
         if rank() > 0:
             return
         inputs = {f"data {n}" if n else "data": describe_content(dataset) for n, dataset in enumerate(datasets)}
-        inputs |= {name: describe_files(vars(args)[name]) for name in INPUTS if vars(args).get(name)}
+        inputs |= {name: describe_files(vars(args)[name]) for name in INPUTS if name in args}
         failed, commit = subprocess.getstatusoutput(f'git -C "{Path(__file__).parent}" rev-parse HEAD 2> /dev/null')
         versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
         versions |= {"python": platform.python_version(), "git_commit": None if failed else commit}
         config = {"script": script, **metadata, "arguments": vars(args), "inputs": inputs, "versions": versions,
                   "processes": world_size(), "classes": list(datasets[-1].classes) if datasets else []}  # fmt: skip
+        self.identity = identity(config)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock()
-            self.refuse_other_run(config)
+            self.refuse_other_run()
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"cannot use {self.folder / 'config.json'} ({error}): pass another --out") from None
         self.write("config.json", config)
-        self.identity = json.dumps([config["inputs"], {name: value for name, value in vars(args).items()
-                                                       if name not in MAY_CHANGE_ON_RESUME}])  # fmt: skip
         for line in metadata.get("loaded", ()):
             print(line, file=sys.stderr)
 
@@ -1614,26 +1597,20 @@ class Run:
         os.ftruncate(lock, 0)
         os.write(lock, f"process {os.getpid()} on {platform.node()}".encode())
 
-    def refuse_other_run(self, config):
-        """Raise UserError if the folder holds another run; arguments that its version did not have are ignored."""
-        path = self.folder / "config.json"
-        if path.exists():
-            configs = map(json.loads, (path.read_text(), json.dumps(config)))
-            old, new = ({**c["arguments"], "script": c["script"]} for c in configs)
-            names = sorted(name for name in (old.keys() & new.keys()) - MAY_CHANGE_ON_RESUME if old[name] != new[name])
+    def refuse_other_run(self):
+        """Raise UserError if the folder holds another run; what only one version or k-NN knows of is ignored."""
+        config, log = self.folder / "config.json", self.folder / "log.jsonl"
+        if config.exists():
+            old, new = identity(json.loads(config.read_text())), self.identity
+            names = sorted(name for name in old.keys() & new.keys() if old[name] != new[name])
             found = [f"{name.replace('_', '-')} {old[name]} there, {new[name]} here" for name in names]
-            old, new = json.loads(path.read_text())["inputs"], config["inputs"]
-            k_nn = {"data 1", "data 2"} & (old.keys() ^ new.keys())  # of --knn-every, which may come and go
-            names = sorted(name for name in (old.keys() | new.keys()) - k_nn if old.get(name) != new.get(name))
-            found += [f"{name} {old.get(name, 'unknown')} there, {new.get(name)} here" for name in names]
         else:
             names = "checkpoint.pth", "backbone.pth", "eval.json"
             found = [f"{name}, but no config.json" for name in names if (self.folder / name).exists()]
+        if log.exists() and log.stat().st_size and not (self.folder / "checkpoint.pth").exists():
+            found.append("log.jsonl without its checkpoint.pth")
         if found:
             raise UserError(f"{self.folder} holds another run ({'; '.join(found)}): pass another --out")
-        log = self.folder / "log.jsonl"
-        if log.exists() and log.stat().st_size and not (self.folder / "checkpoint.pth").exists():
-            raise UserError(f"{self.folder} holds the log of a run without its checkpoint.pth: pass another --out")
 
     def start_or_resume(self, model, optimizer, scaler, frozen=None, of=None):
         """Load checkpoint.pth into model, optimizer and scaler; without one, save the start.
@@ -1807,13 +1784,6 @@ class Run:
 # --------------------------------------------------------------------------------------------------------- Command line
 
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, printed by one process."""
-
-    def error(self, message):
-        raise UserError(message)
-
-
 def number(kind, low, high=math.inf, *, open_below=False):
     """Type of an argument that is an int or a float from low to high; with `open_below`, low itself is refused."""
 
@@ -1834,8 +1804,12 @@ fraction = number(float, 0, 1)
 
 def common_parser(script, docstring, *, epochs, batch_size, lr, weight_decay):
     """Parser with the arguments that mean the same in every script; the method's own defaults come in as keywords."""
-    parser = Parser(description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+
+    def error(message):
+        raise UserError(message)
+
+    parser = argparse.ArgumentParser(description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error, add = error, parser.add_argument
     add("--data", help=f"folder with train/ and val/ (default data/imagenet) or one of {', '.join(SMALL_SETS)}[:COUNT]")
     add("--data-root", default="data", help="where torchvision keeps or puts the small sets (default %(default)s)")
     add("--image-size", type=positive_int, help="pixels (default 224 for a folder, 96 for stl10, else 32; "
@@ -1987,9 +1961,7 @@ def distribute(model):
     """The model, in DistributedDataParallel if there are several processes; each keeps its own BatchNorm statistics."""
     if world_size() == 1:
         return model
-    ddp_model = DistributedDataParallel(model)
-    ddp_model.broadcast_buffers = False
-    return ddp_model
+    return DistributedDataParallel(model, broadcast_buffers=False)
 
 
 def broadcast(value):
