@@ -486,10 +486,7 @@ def resize_weights(start, length, full, size):
 
 
 def draw_color(rng, n, view):
-    """Random parameters of a view's colour operations for n images, a dict of arrays.
-
-    The papers' sigma is for 224 pixels and follows the image size here: at 32 pixels it would remove most content.
-    """
+    """Random parameters of a view's colour operations for n images, a dict of arrays."""
     strengths = np.array(view.jitter)
     neutral = np.array([1, 1, 1, 0])  # factors of brightness, contrast and saturation, shift of hue
     return {
@@ -555,6 +552,8 @@ def normalize(images, mean_std):
 
 
 # -------------------------------------------------------------------------------------------------------------- Loading
+
+UNREADABLE = {}  # {image: reason}, of this process's loaders
 
 
 class Loader:
@@ -668,12 +667,9 @@ def load_batch(dataset, indices, views, random_params, seeds=None):
 
 
 def make_dataloader(batches, numbers, count, workers, device):
-    """torch's DataLoader of `batches[number]`, `count` of them at most at a time: workers make those of files.
-
-    Raises UserError where /dev/shm, through which workers send batches, has no room for those under way.
-    """
+    """torch's DataLoader of `batches[number]`, `count` of them at most at a time: workers make those of files."""
     workers = 0 if in_memory(batches.dataset) else workers
-    if workers and os.path.isdir("/dev/shm"):
+    if workers and os.path.isdir("/dev/shm"):  # through which they send batches
         batch = batches.rows * sum(3 * view.size**2 for view in batches.views)  # bytes
         needed = min(count, 2 * workers + 1) * batch * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) / 2**20
         free = shutil.disk_usage("/dev/shm").free / 2**20
@@ -720,9 +716,6 @@ def to_device(loader, device):
         UNREADABLE.update(found)
         views = [TF.to_dtype(x.to(device, non_blocking=True), torch.float32, scale=True) for x in views]
         yield views, labels.to(device, non_blocking=True)
-
-
-UNREADABLE = {}  # {image: reason}, of this process's loaders
 
 
 # ------------------------------------------------------------------------------------------------------------- Networks
@@ -1194,10 +1187,7 @@ def torchvision_weights(arch):
 
 
 def split_state(path, checkpoint):
-    """A file's format, its backbone's key table, its parts (backbone, head, classifier), and words on where they were.
-
-    The parts are state dicts; the backbone's has torchvision's keys.
-    """
+    """A file's format, its backbone's table, {"backbone", "head", "classifier": state dict}, and where they were."""
     state, places, parts = checkpoint if isinstance(checkpoint, dict) else {}, [], {}
     while wrapper := next((name for name in WRAPPERS if isinstance(state.get(name), dict)), None):
         state = state[wrapper]
@@ -1534,7 +1524,7 @@ def describe_files(names):
     """Hashes of the files that an argument names, a list; a word that names none, as torchvision, stays as it is."""
     hashes = []
     for name in [names] if isinstance(names, str) else names or ():
-        files = [Path(weights_file(name)), *(sorted(Path(name).glob("*.json")) if Path(name).is_dir() else ())]
+        files = [Path(weights_file(name)), *sorted(Path(name).glob("*.json"))]
         content = hashlib.sha256(b"".join(file.read_bytes() for file in files if file.is_file())).hexdigest()
         hashes.append(content[:16] if files[0].is_file() else name)
     return hashes
@@ -1725,10 +1715,7 @@ class Run:
                 log.write(json.dumps(line).encode() + b"\n")
 
     def save(self):
-        """Write checkpoint.pth, with all that a resume needs, then stop if a signal asks for it.
-
-        A frozen teacher stays in its own file. Tensors are saved from the CPU, to load on any machine.
-        """
+        """Write checkpoint.pth, with all that a resume needs, then stop if a signal asks for it."""
         model, optimizer, scaler = self.state
         losses = list(self.average_losses()) if self.losses else []
         largest = torch.nn.utils.get_total_norm(model.parameters(), torch.inf)
@@ -1818,8 +1805,7 @@ def common_parser(script, docstring, *, epochs, batch_size, lr, weight_decay):
     add("--max-steps", type=positive_int, help="stop after so many steps; the schedule still follows --epochs")
     add("--batch-size", type=positive_int, default=batch_size, help="over all processes (default %(default)s)")
     if script != "linear_eval":
-        add("--init", metavar="FILE", help="start from the backbone of a file, as of a teacher, or torchvision, its "
-            "labelled weights (default: random)")  # fmt: skip
+        add("--init", metavar="FILE", help="start from a file's backbone or torchvision's weights (default: random)")
     add("--weight-decay", type=number(float, 0), default=weight_decay, help="default %(default)s, the paper's")
     if lr is not None:
         add("--lr", type=positive_float, default=lr, help="learning rate (default %(default)s, for the default batch)")
@@ -1875,10 +1861,10 @@ def run_script(main):
         status, message = 1, traceback.format_exc()
         lost = re.search(r"Connection (closed|reset) by \w*\s?peer|Broken pipe|ncclRemoteError", str(error))
         known = [advice for pattern, advice in KNOWN_ERRORS.items() if re.search(pattern, str(error))]
-        if known and not isinstance(error, UserError):
-            error = UserError(f"{known[0]} ({str(error).partition(chr(10))[0]})")
         if isinstance(error, UserError):
             status, message = 2, f"{script}: error: {textwrap.shorten(str(error), 1000)}"
+        elif known:
+            status, message = 2, f"{script}: error: {known[0]} ({str(error).partition(chr(10))[0]})"
         elif isinstance(error, Stopped):
             status, message = 143, f"{script}: {error}"
         elif isinstance(error, KeyboardInterrupt):
