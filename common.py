@@ -1533,6 +1533,7 @@ def describe_files(names):
 def identity(config):
     """What must be equal to continue a run: the inputs' content, and the arguments that change the result."""
     arguments = {name: value for name, value in config["arguments"].items() if name not in MAY_CHANGE_ON_RESUME}
+    arguments = {name.replace("_", "-"): value for name, value in arguments.items()}
     return json.loads(json.dumps({"script": config["script"], **arguments, **config["inputs"]}))
 
 
@@ -1593,7 +1594,7 @@ class Run:
         if config.exists():
             old, new = identity(json.loads(config.read_text())), self.identity
             names = sorted(name for name in old.keys() & new.keys() if old[name] != new[name])
-            found = [f"{name.replace('_', '-')} {old[name]} there, {new[name]} here" for name in names]
+            found = [f"{name} {old[name]} there, {new[name]} here" for name in names]
         else:
             names = "checkpoint.pth", "backbone.pth", "eval.json"
             found = [f"{name}, but no config.json" for name in names if (self.folder / name).exists()]
@@ -1805,7 +1806,7 @@ def common_parser(script, docstring, *, epochs, batch_size, lr, weight_decay):
     add("--max-steps", type=positive_int, help="stop after so many steps; the schedule still follows --epochs")
     add("--batch-size", type=positive_int, default=batch_size, help="over all processes (default %(default)s)")
     if script != "linear_eval":
-        add("--init", metavar="FILE", help="start from a file's backbone or torchvision's weights (default: random)")
+        add("--init", metavar="FILE", help="start from a file's backbone or torchvision, its weights (default: random)")
     add("--weight-decay", type=number(float, 0), default=weight_decay, help="default %(default)s, the paper's")
     if lr is not None:
         add("--lr", type=positive_float, default=lr, help="learning rate (default %(default)s, for the default batch)")
