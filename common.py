@@ -1948,7 +1948,9 @@ def distribute(model):
     """The model, in DistributedDataParallel if there are several processes; each keeps its own BatchNorm statistics."""
     if world_size() == 1:
         return model
-    return DistributedDataParallel(model, broadcast_buffers=False)
+    ddp_model = DistributedDataParallel(model)
+    ddp_model.broadcast_buffers = False
+    return ddp_model
 
 
 def broadcast(value):
