@@ -621,7 +621,8 @@ class CenterCrops:
     """Batches of evaluation: centre crops of the images with these indices, in their order."""
 
     def __init__(self, dataset, image_size, indices, batch_size):
-        self.dataset, self.views, self.rows = dataset, [View(image_size)], min(batch_size, len(indices))
+        self.dataset, self.views = dataset, [View(image_size)]
+        self.rows = min(batch_size, len(indices))
         self.parts = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
 
     def __len__(self):
@@ -972,9 +973,8 @@ class Encoder(nn.Sequential):
 
 # ---------------------------------------------------------------------------------------------------- Files of networks
 
-# Where files keep what: patterns of the beginnings of each part's keys; other keys are not read. A file is of the first
-# format whose recognised_by its keys have, also behind a prefix, which is left out; "(?!)" matches nothing. activation:
-# of the head.
+# Where files keep what: patterns of the beginnings of each part's keys ("(?!)": none); other keys are not read. A file
+# is of the first format whose recognised_by its keys have, also behind a prefix, which goes. activation: of the head
 FileFormat = namedtuple("FileFormat", "written_by recognised_by backbone head classifier activation",
                         defaults=("(?!)", "(?!)", nn.ReLU))  # fmt: skip
 FILE_FORMATS = (
@@ -1118,10 +1118,11 @@ def load_backbone(path, arch, image_size=None, mean_std=None):
 
     backbone.image_size is `image_size`, or else the size that the network was trained at, as far as it is known.
     """
-    file, beside = "" if path == "torchvision" else weights_file(path), {}
+    file = "" if path == "torchvision" else weights_file(path)
     checkpoint = load_file(file) if file else torchvision_weights(arch)
     file_format, table, parts, source = split_state(path, checkpoint)
     state, head, classifier = parts["backbone"], parts["head"], parts["classifier"]
+    beside = {}
     for name in ("config.json", "preprocessor_config.json"):  # of our runs, timm and Hugging Face
         with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
             content = json.loads(Path(file).with_name(name).read_text())
@@ -1188,7 +1189,8 @@ def torchvision_weights(arch):
 
 def split_state(path, checkpoint):
     """A file's format, its backbone's table, {"backbone", "head", "classifier": state dict}, and where they were."""
-    state, places, parts = checkpoint if isinstance(checkpoint, dict) else {}, [], {}
+    state = checkpoint if isinstance(checkpoint, dict) else {}
+    places, parts = [], {}
     while wrapper := next((name for name in WRAPPERS if isinstance(state.get(name), dict)), None):
         state = state[wrapper]
         places.append(wrapper)
@@ -1365,7 +1367,8 @@ def infer_arch(path, state, arch=None):
     for name, image_size in [(arch, size), (arch, 32)] if arch else trials:
         with torch.device("cpu" if "regnet" in name else "meta"):  # RegNets compute their widths with real tensors
             backbone = build_backbone(name, image_size)
-        expected, renamed = {key: value.shape for key, value in backbone.state_dict().items()}, state
+        expected = {key: value.shape for key, value in backbone.state_dict().items()}
+        renamed = state
         classifier = [f"{backbone.classifier_name}.weight", f"{backbone.classifier_name}.bias"]
         if crd and len(state) - len(expected) in (0, 2) and not expected.keys() <= state.keys():
             renamed = dict(zip([*expected, *classifier], state.values(), strict=False))
