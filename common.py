@@ -974,7 +974,7 @@ class Encoder(nn.Sequential):
 # ---------------------------------------------------------------------------------------------------- Files of networks
 
 # Where files keep what: patterns of the beginnings of each part's keys ("(?!)": none); other keys are not read. A file
-# is of the first format whose recognised_by its keys have, also behind a prefix, which goes. activation: of the head
+# is of the first format whose recognised_by its keys have, also behind a prefix, which is removed. activation: a head's
 FileFormat = namedtuple("FileFormat", "written_by recognised_by backbone head classifier activation",
                         defaults=("(?!)", "(?!)", nn.ReLU))  # fmt: skip
 FILE_FORMATS = (
