@@ -66,14 +66,8 @@ except ImportError:
 SMALL_SETS = {"cifar10": 32, "cifar100": 32, "stl10": 96, "fashion_mnist": 32, "shapes": 32}  # pixels of their images
 IMAGENET_MEAN_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of red, green and blue
 CIFAR_MEAN_STD = (0.5071, 0.4866, 0.4409), (0.2675, 0.2565, 0.2761)
-HIDDEN = (
-    ".",
-    "__MACOSX",
-    "@eaDir",
-    "lost+found",
-    "$RECYCLE.BIN",
-    "System Volume",
-)  # entries whose names begin so are the system's, not data
+# Entries whose names begin so are the system's, not data
+HIDDEN = (".", "__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume")
 
 
 class ArrayDataset:
@@ -116,33 +110,32 @@ def list_folder(root, labelled=True):
     decode are passed over with one line, hidden ones in silence. Names: uint8 (N, longest name), each row the bytes of
     a name and zeros: a tensor, which workers do not copy. Raises UserError for a folder or a class without an image.
     """
-    listing = None
-    if rank() == 0:
-        try:
-            listing = find_images(root, labelled)
-        except OSError as error:
-            raise UserError(f"{root}: {error}: pass --data FOLDER with train/ and val/ in it, or shapes") from None
-    names, labels, classes = broadcast(listing)
-    return torch.from_numpy(names.view(np.uint8).reshape(len(names), -1)), torch.from_numpy(labels), classes
+    try:
+        names, labels, classes = broadcast(find_images(root, labelled) if rank() == 0 else None)
+    except OSError as error:
+        raise UserError(f"{root}: {error}: pass --data FOLDER with train/ and val/ in it, or shapes") from None
+    return torch.from_numpy(names).view(len(labels), -1), torch.tensor(labels), classes
 
 
 def find_images(root, labelled):
-    """The work of `list_folder` on rank 0: arrays of names and labels, and class names."""
+    """The work of `list_folder` on rank 0: bytes of all names (an array), labels and class names."""
 
     def fail(error):
         raise error
 
     # Some of Pillow's formats are only recognised: files of data and films
-    suffixes = {suffix for suffix, name in Image.registered_extensions().items()
-                if name in (*Image.OPEN, "MPO") and name not in ("BUFR", "GRIB", "HDF5", "MPEG", "WMF")}  # fmt: skip
-    found, others, classes = [], [], None
+    suffixes = Image.registered_extensions()
+    formats = {*Image.OPEN, "MPO"} - {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
+    suffixes = {suffix for suffix in suffixes if suffixes[suffix] in formats}
+    found, others, classes = [], [], []
     above = {root: {os.path.realpath(root)}}  # of each folder, itself and those above, which a link in it can lead to
     for folder, folders, files in os.walk(root, onerror=fail, followlinks=True):
         places = {name: os.path.join(folder, name) for name in folders if not name.startswith(HIDDEN)}
         places = {name: path for name, path in places.items() if os.path.realpath(path) not in above[folder]}
         above |= {path: above[folder] | {os.path.realpath(path)} for path in places.values()}
         folders[:] = places
-        classes = sorted(folders) if classes is None and labelled else classes or []
+        if labelled and folder == root:
+            classes = sorted(folders)
         place = os.path.relpath(folder, root)
         label = place.split(os.sep)[0]
         for name in files:
@@ -161,7 +154,7 @@ def find_images(root, labelled):
     numbers = {name: number for number, name in enumerate(classes)}
     found.sort()
     names = np.array([os.fsencode(os.path.normpath(os.path.join(place, name))) for _, place, name in found])
-    return names, np.array([numbers.get(label, 0) for label, _, _ in found]), classes
+    return names.view(np.uint8), [numbers.get(label, 0) for label, _, _ in found], classes
 
 
 def read_image(path):
@@ -260,15 +253,13 @@ def in_memory(dataset):
 
 def labels_of(dataset):
     """Labels of all images, (N,); a data set without `labels` or `targets` is read once for them, -1 if unreadable."""
-
-    def read(index):
-        try:
-            return int(dataset[index][1])
-        except Exception:  # as many types as there are ways to be unreadable
-            return -1
-
     labels = getattr(dataset, "labels", getattr(dataset, "targets", None))
-    return torch.as_tensor([read(index) for index in range(len(dataset))] if labels is None else labels)
+    if labels is None:
+        labels = [-1] * len(dataset)
+        for index in range(len(dataset)):
+            with contextlib.suppress(Exception):  # as many types as there are ways to be unreadable
+                labels[index] = int(dataset[index][1])
+    return torch.as_tensor(labels)
 
 
 def subsample_per_class(dataset, fraction, seed):
@@ -304,18 +295,17 @@ def describe_content(dataset):
     for name in ("images", "names", "labels"):
         if isinstance(getattr(dataset, name, None), torch.Tensor):
             digest.update(getattr(dataset, name).cpu().contiguous().numpy())
-    if not in_memory(dataset):
-        files = isinstance(dataset, FolderDataset)
-        most = 1000 if files else 100
-        for index in np.linspace(0, len(dataset) - 1, min(most, len(dataset))).astype(int).tolist():
-            try:
-                if files:
-                    with open(dataset.path(index), "rb") as file:
-                        digest.update(b"%d" % os.fstat(file.fileno()).st_size + file.read(2**16))
-                else:
-                    digest.update(to_rgb(dataset[index][0]).contiguous().numpy())
-            except Exception as error:  # as many types as there are ways to be unreadable
-                digest.update(type(error).__name__.encode())
+    files = isinstance(dataset, FolderDataset)
+    count = 0 if in_memory(dataset) else min(len(dataset), 1000 if files else 100)
+    for index in np.linspace(0, len(dataset) - 1, count).astype(int).tolist():
+        try:
+            if files:
+                with open(dataset.path(index), "rb") as file:
+                    digest.update(b"%d" % os.fstat(file.fileno()).st_size + file.read(2**16))
+            else:
+                digest.update(to_rgb(dataset[index][0]).contiguous().numpy())
+        except Exception as error:  # as many types as there are ways to be unreadable
+            digest.update(type(error).__name__.encode())
     return f"{len(dataset)} images of {len(dataset.classes)} classes, content {digest.hexdigest()[:16]}"
 
 
@@ -325,13 +315,14 @@ def load_small_set(name, root, split):
     opener, options = getattr(torchvision.datasets, names[name]), {"train": split != "val"}
     if name == "stl10":
         options = {"split": {"pretrain": "unlabeled", "train": "train", "val": "test"}[split]}
-    for own_turn in (rank() == 0, rank() > 0):
-        if own_turn:
-            try:
-                found = opener(root, download=rank() == 0, **options)
-            except (OSError, RuntimeError) as error:
-                raise UserError(f"cannot open {name} in {root} ({error}): pass --data-root") from None
-        gather(torch.zeros(1))  # the others wait
+    if rank() > 0:
+        broadcast(None)  # waits for rank 0
+    try:
+        found = opener(root, download=rank() == 0, **options)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"cannot open {name} in {root} ({error}): pass --data-root") from None
+    if rank() == 0:
+        broadcast(None)
     images = torch.as_tensor(found.data)
     if images.ndim == 3:  # grey: three channels that share their memory
         images = images[:, None].expand(-1, 3, -1, -1)
@@ -500,10 +491,7 @@ def resize_weights(start, length, full, size):
 
 
 def draw_color(rng, n, view):
-    """Random parameters of a view's colour operations for n images, a dict of arrays.
-
-    The papers' sigma is for 224 pixels and follows the image size here: at 32 pixels it would remove most content.
-    """
+    """Random parameters of a view's colour operations for n images, a dict of arrays."""
     strengths = np.array(view.jitter)
     neutral = np.array([1, 1, 1, 0])  # factors of brightness, contrast and saturation, shift of hue
     return {
@@ -570,6 +558,8 @@ def normalize(images, mean_std):
 
 # -------------------------------------------------------------------------------------------------------------- Loading
 
+UNREADABLE = {}  # {image: reason}, of this process's loaders
+
 
 class Loader:
     """Batches of random views: the same images for any number of processes and workers.
@@ -615,8 +605,8 @@ class TrainingBatches:
     def __init__(self, dataset, views, batch_size, seed):
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
         self.views = [replace(view, augment=None) for view in views]  # any function may stand there, even a lambda
-        self.share = batch_size // world_size()
-        self.own = slice(rank() * self.share, (rank() + 1) * self.share)
+        self.rows = batch_size // world_size()
+        self.own = slice(rank() * self.rows, (rank() + 1) * self.rows)  # workers do not know the rank
 
     def __getitem__(self, step):
         epoch, batch = divmod(step, len(self.dataset) // self.batch_size)
@@ -637,6 +627,7 @@ class CenterCrops:
 
     def __init__(self, dataset, image_size, indices, batch_size):
         self.dataset, self.views = dataset, [View(image_size)]
+        self.rows = min(batch_size, len(indices))
         self.parts = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
 
     def __len__(self):
@@ -682,27 +673,19 @@ def load_batch(dataset, indices, views, random_params, seeds=None):
 
 
 def make_dataloader(batches, numbers, count, workers, device):
-    """torch's DataLoader of `batches[number]`, `count` of them at most at a time: workers make those of files.
-
-    Raises UserError where /dev/shm, through which workers send batches, has no room for those under way.
-    """
+    """torch's DataLoader of `batches[number]`, `count` of them at most at a time: workers make those of files."""
     workers = 0 if in_memory(batches.dataset) else workers
-    if workers and os.path.isdir("/dev/shm"):
-        rows = max(map(len, batches.parts), default=0) if isinstance(batches, CenterCrops) else batches.share
-        sizes = [rows * 8, *(rows * 3 * view.size**2 for view in batches.views)]  # of the tensors of a batch
-        under_way = min(count, 2 * workers + 1) * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        needed = (16 * workers + under_way * sum(-(-size // 4096) + 1 for size in sizes)) * 4096  # with semaphores
-        free = shutil.disk_usage("/dev/shm").free
+    if workers and os.path.isdir("/dev/shm"):  # through which they send batches
+        batch = batches.rows * sum(3 * view.size**2 for view in batches.views)  # bytes
+        needed = min(count, 2 * workers + 1) * batch * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) / 2**20
+        free = shutil.disk_usage("/dev/shm").free / 2**20
         if needed > free:
-            raise UserError(f"--workers {workers} put up to {needed / 2**20:.1f} MiB of images into /dev/shm, where "
-                            f"{free / 2**20:.1f} MiB are free: enlarge it (docker run --shm-size), or lower --workers "
-                            "or --batch-size")  # fmt: skip
-    options = {"persistent_workers": True, "worker_init_fn": worker_init, "timeout": LOST_BATCH} if workers else {}
+            raise UserError(f"--workers {workers} put up to {needed:.1f} MiB of images into /dev/shm, where {free:.1f} "
+                            "MiB are free: enlarge it (docker run --shm-size), or lower --workers")  # fmt: skip
+    # A batch that takes longer than ten minutes is lost
+    options = {"persistent_workers": True, "worker_init_fn": worker_init, "timeout": 600} if workers else {}
     pin_memory = device.type == "cuda" and not in_memory(batches.dataset)
     return DataLoader(batches, None, sampler=numbers, num_workers=workers, pin_memory=pin_memory, **options)
-
-
-LOST_BATCH = 600  # seconds; a batch that takes longer is lost
 
 
 def worker_init(worker):
@@ -739,9 +722,6 @@ def to_device(loader, device):
         UNREADABLE.update(found)
         views = [TF.to_dtype(x.to(device, non_blocking=True), torch.float32, scale=True) for x in views]
         yield views, labels.to(device, non_blocking=True)
-
-
-UNREADABLE = {}  # {image: reason}, of this process's loaders
 
 
 # ------------------------------------------------------------------------------------------------------------- Networks
@@ -895,10 +875,10 @@ def widened_resnet50(times):
 PARAMETERS = {name: torchvision.models.get_model_weights(name).DEFAULT.meta["num_params"]
               for name in torchvision.models.list_models(module=torchvision.models)
               if not name.startswith(("googlenet", "inception", "mnasnet"))}  # fmt: skip
-WIDENED = {f"resnet50w{times}": partial(widened_resnet50, times) for times in (2, 4, 5)}
-LARGE_NETWORKS = {name: partial(torchvision.models.get_model, name) for name in PARAMETERS} | WIDENED
-PARAMETERS["resnet26"] = 15_995_176  # of timm and Hugging Face
+LARGE_NETWORKS = {name: partial(torchvision.models.get_model, name) for name in PARAMETERS}
+LARGE_NETWORKS |= {f"resnet50w{times}": partial(widened_resnet50, times) for times in (2, 4, 5)}
 LARGE_NETWORKS["resnet26"] = partial(torchvision.models.ResNet, torchvision.models.resnet.Bottleneck, [2, 2, 2, 2])
+PARAMETERS |= {"resnet26": 15_995_176, "resnet50w2": 98_004_072, "resnet50w4": 383_571_176, "resnet50w5": 596_691_240}
 NETWORK_NAMES = list({**CIFAR_NETWORKS, **LARGE_NETWORKS})
 
 
@@ -999,17 +979,15 @@ class Encoder(nn.Sequential):
     @torch.no_grad()
     def features(self, images):
         """Features (N, feature_dim) of the backbone, float32, without gradient."""
-        images = images if self.shift_scale is None else self.shift_scale[0].addcmul(images, self.shift_scale[1])
-        with torch.autocast(images.device.type, self.amp, enabled=self.amp is not None):
-            return self.backbone(images).float()
+        return self.features_and_output(images)[0]
 
 
 # ---------------------------------------------------------------------------------------------------- Files of networks
 
-# Where files keep what: patterns of the beginnings of each part's keys; other keys are not read. A file is of the first
-# format whose recognised_by its keys have, also behind a prefix, which is left out. activation: of the head.
+# Where files keep what: patterns of the beginnings of each part's keys ("(?!)": none); other keys are not read. A file
+# is of the first format whose recognised_by its keys have, also behind a prefix, which is removed. activation: a head's
 FileFormat = namedtuple("FileFormat", "written_by recognised_by backbone head classifier activation",
-                        defaults=(None, None, nn.ReLU))  # fmt: skip
+                        defaults=("(?!)", "(?!)", nn.ReLU))  # fmt: skip
 FILE_FORMATS = (
     FileFormat("moco_v2.py", r"encoder\.backbone\.", "encoder.backbone.", "encoder.head."),
     FileFormat("disco.py, seed.py, sskd.py", r"student\.backbone\.", "student.backbone.", "student.head.",
@@ -1151,10 +1129,11 @@ def load_backbone(path, arch, image_size=None, mean_std=None):
 
     backbone.image_size is `image_size`, or else the size that the network was trained at, as far as it is known.
     """
-    file, beside = "" if path == "torchvision" else weights_file(path), {}
+    file = "" if path == "torchvision" else weights_file(path)
     checkpoint = load_file(file) if file else torchvision_weights(arch)
     file_format, table, parts, source = split_state(path, checkpoint)
     state, head, classifier = parts["backbone"], parts["head"], parts["classifier"]
+    beside = {}
     for name in ("config.json", "preprocessor_config.json"):  # of our runs, timm and Hugging Face
         with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
             content = json.loads(Path(file).with_name(name).read_text())
@@ -1176,9 +1155,8 @@ def load_backbone(path, arch, image_size=None, mean_std=None):
     if name.startswith("convnext"):
         default = 1e-12 if beside.get("model_type") == "convnext" else 1e-6  # the first in Hugging Face's own
         backbone.classifier[0].eps = beside.get("layer_norm_eps", default)
-    for part in ("weight", "bias"):
-        if f"{backbone.classifier_name}.{part}" in state:
-            classifier[part] = state.pop(f"{backbone.classifier_name}.{part}")
+    for key in {f"{backbone.classifier_name}.weight", f"{backbone.classifier_name}.bias"} & state.keys():
+        classifier[key.rpartition(".")[2]] = state.pop(key)
     for key, value in [*state.items(), *head.items(), *classifier.items()]:
         if not value.isfinite().all():
             raise UserError(f"{path} holds weights that are not finite ({key})")
@@ -1221,11 +1199,9 @@ def torchvision_weights(arch):
 
 
 def split_state(path, checkpoint):
-    """A file's format, its backbone's key table, its parts (backbone, head, classifier), and words on where they were.
-
-    The parts are state dicts; the backbone's has torchvision's keys.
-    """
-    state, places, parts = checkpoint if isinstance(checkpoint, dict) else {}, [], {}
+    """A file's format, its backbone's table, {"backbone", "head", "classifier": state dict}, and where they were."""
+    state = checkpoint if isinstance(checkpoint, dict) else {}
+    places, parts = [], {}
     while wrapper := next((name for name in WRAPPERS if isinstance(state.get(name), dict)), None):
         state = state[wrapper]
         places.append(wrapper)
@@ -1237,11 +1213,9 @@ def split_state(path, checkpoint):
     state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
     file_format, outer = recognise(FILE_FORMATS, state)
     for part in ("head", "classifier", "backbone"):  # in this order: the backbone's prefix may begin the others, too
-        pattern = getattr(file_format, part)
-        found = {
-            key: re.match(re.escape(outer) + pattern.replace(".", r"\."), key) for key in state if pattern is not None
-        }
-        parts[part] = {key[match.end() :]: state.pop(key) for key, match in found.items() if match}
+        start = re.escape(outer) + getattr(file_format, part).replace(".", r"\.")
+        keys = [key for key in state if re.match(start, key)]
+        parts[part] = {re.sub(start, "", key, count=1): state.pop(key) for key in keys}
     table, prefix = recognise(KEY_TABLES, parts["backbone"], "$")
     backbone = {}
     for key, value in parts["backbone"].items():
@@ -1384,43 +1358,43 @@ class Program(nn.Module):
 
 
 def infer_arch(path, state, arch=None):
-    """Name of the network that a state dict fits, its backbone on the meta device, and the dict with its keys.
+    """Name of the network that a state dict fits best, its backbone on the meta device, and the dict with its keys.
 
-    Raises UserError where no network has similar shapes. Keys of CRD's files become those of `CIFAR_NETWORKS`, in their
-    order.
+    Raises UserError where no network has similar shapes. CRD's keys become those of `CIFAR_NETWORKS`, in their order.
     """
     # The last matrix of this name is a classifier of any number of classes, or there is none
     count = sum(value.numel() for value in state.values())
     matrices = [key for key in state if re.match("classifier|fc|head|linear", key) and state[key].ndim == 2]
-    matrix = state[max(matrices)] if matrices else torch.empty(1000, 0)
-    crd = any(re.match(r"block0\.0\.|blocks\.0\.|linear\.|layer1\.0\.shortcut", key) for key in state)
-    counts = count, count + (1000 - len(matrix)) * matrix.shape[1]
+    classes, width = state[max(matrices)].shape if matrices else (1000, 0)
+    counts = count, count + (1000 - classes) * width
     near = sorted(PARAMETERS, key=lambda name: min(abs(PARAMETERS[name] - n) for n in counts))[:12]
+    regnet = any("trunk_" in key for key in state)
     kernel = min((state[key].shape[-1] for key in state if re.fullmatch(KEY_TABLES[-1].recognised_by, key)), default=7)
     size = 32 if "conv1.weight" in state and kernel == 3 else 224
-    # CIFAR's networks begin with small kernels and have at most 24 million parameters, the widened ones at least 94
-    others = [(name, 32) for name in CIFAR_NETWORKS if kernel <= 3]
-    others = others if min(counts) < 4e7 else [(name, 224) for name in WIDENED]
-    trials = [(name, size) for name in near if ("regnet" in name) == any("trunk_" in key for key in state)] + others
-    best = (-1,)
+    trials = [(name, size) for name in near if ("regnet" in name) == regnet]
+    trials += [(name, 32) for name in CIFAR_NETWORKS if kernel <= 3]
+    crd = any(re.match(r"block0\.0\.|blocks\.0\.|linear\.|layer1\.0\.shortcut", key) for key in state)
+    best = -1
     for name, image_size in [(arch, size), (arch, 32)] if arch else trials:
         with torch.device("cpu" if "regnet" in name else "meta"):  # RegNets compute their widths with real tensors
             backbone = build_backbone(name, image_size)
-        expected, found = {key: value.shape for key, value in backbone.state_dict().items()}, state
+        expected = {key: value.shape for key, value in backbone.state_dict().items()}
+        renamed = state
         classifier = [f"{backbone.classifier_name}.weight", f"{backbone.classifier_name}.bias"]
         if crd and len(state) - len(expected) in (0, 2) and not expected.keys() <= state.keys():
-            found = dict(zip([*expected, *classifier], state.values(), strict=False))
-        shapes = {key: value.shape for key, value in found.items() if key not in classifier}
+            renamed = dict(zip([*expected, *classifier], state.values(), strict=False))
+        shapes = {key: value.shape for key, value in renamed.items() if key not in classifier}
         same = len(expected.items() & shapes.items()) / max(len(expected), len(shapes))
-        best = max(best, (same, name, backbone, found), key=lambda match: match[0])
+        if same > best:
+            best, found = same, (name, backbone, renamed)
         if same == 1:
             break
-    if best[0] <= 0.5 and not arch:
+    if best <= 0.5 and not arch:
         some = ", ".join(f"{key} {list(value.shape)}" for key, value in list(state.items())[:3])
         known = "; ".join(file_format.written_by for file_format in FILE_FORMATS)
         raise UserError(f"{path} fits no network known here (it begins with {some}): {EXPORT}; these files are read: "
                         f"{known}")  # fmt: skip
-    return best[1:]
+    return found
 
 
 def load_strict(module, state, what, assign=False, advice=""):
@@ -1547,10 +1521,7 @@ def writing(path, mode="ab"):
 
 def save_from_cpu(content, file):
     """torch.save with all tensors moved to the CPU, so that a machine without a GPU can load the file."""
-    copied = tree_map(lambda x: x.cpu() if isinstance(x, torch.Tensor) else x, content)
-    if hasattr(content, "_metadata"):  # of a state dict: versions of modules
-        copied._metadata = content._metadata
-    torch.save(copied, file)
+    torch.save(tree_map(lambda x: x.cpu() if isinstance(x, torch.Tensor) else x, content), file)
 
 
 def atomic_write(path, write):
@@ -1566,11 +1537,18 @@ def atomic_write(path, write):
 def describe_files(names):
     """Hashes of the files that an argument names, a list; a word that names none, as torchvision, stays as it is."""
     hashes = []
-    for name in [names] if isinstance(names, str) else names:
-        files = [Path(weights_file(name)), *(sorted(Path(name).glob("*.json")) if Path(name).is_dir() else ())]
+    for name in [names] if isinstance(names, str) else names or ():
+        files = [Path(weights_file(name)), *sorted(Path(name).glob("*.json"))]
         content = hashlib.sha256(b"".join(file.read_bytes() for file in files if file.is_file())).hexdigest()
         hashes.append(content[:16] if files[0].is_file() else name)
     return hashes
+
+
+def identity(config):
+    """What must be equal to continue a run: the inputs' content, and the arguments that change the result."""
+    arguments = {name: value for name, value in config["arguments"].items() if name not in MAY_CHANGE_ON_RESUME}
+    arguments = {name.replace("_", "-"): value for name, value in arguments.items()}
+    return json.loads(json.dumps({"script": config["script"], **arguments, **config["inputs"]}))
 
 
 class Run:
@@ -1594,21 +1572,20 @@ class Run:
         if rank() > 0:
             return
         inputs = {f"data {n}" if n else "data": describe_content(dataset) for n, dataset in enumerate(datasets)}
-        inputs |= {name: describe_files(vars(args)[name]) for name in INPUTS if vars(args).get(name)}
+        inputs |= {name: describe_files(vars(args)[name]) for name in INPUTS if name in args}
         failed, commit = subprocess.getstatusoutput(f'git -C "{Path(__file__).parent}" rev-parse HEAD 2> /dev/null')
         versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
         versions |= {"python": platform.python_version(), "git_commit": None if failed else commit}
         config = {"script": script, **metadata, "arguments": vars(args), "inputs": inputs, "versions": versions,
                   "processes": world_size(), "classes": list(datasets[-1].classes) if datasets else []}  # fmt: skip
+        self.identity = identity(config)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock()
-            self.refuse_other_run(config)
+            self.refuse_other_run()
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"cannot use {self.folder / 'config.json'} ({error}): pass another --out") from None
         self.write("config.json", config)
-        self.identity = json.dumps([config["inputs"], {name: value for name, value in vars(args).items()
-                                                       if name not in MAY_CHANGE_ON_RESUME}])  # fmt: skip
         for line in metadata.get("loaded", ()):
             print(line, file=sys.stderr)
 
@@ -1625,26 +1602,20 @@ class Run:
         os.ftruncate(lock, 0)
         os.write(lock, f"process {os.getpid()} on {platform.node()}".encode())
 
-    def refuse_other_run(self, config):
-        """Raise UserError if the folder holds another run; arguments that its version did not have are ignored."""
-        path = self.folder / "config.json"
-        if path.exists():
-            configs = map(json.loads, (path.read_text(), json.dumps(config)))
-            old, new = ({**c["arguments"], "script": c["script"]} for c in configs)
-            names = sorted(name for name in (old.keys() & new.keys()) - MAY_CHANGE_ON_RESUME if old[name] != new[name])
-            found = [f"{name.replace('_', '-')} {old[name]} there, {new[name]} here" for name in names]
-            old, new = json.loads(path.read_text())["inputs"], config["inputs"]
-            k_nn = {"data 1", "data 2"} & (old.keys() ^ new.keys())  # of --knn-every, which may come and go
-            names = sorted(name for name in (old.keys() | new.keys()) - k_nn if old.get(name) != new.get(name))
-            found += [f"{name} {old.get(name, 'unknown')} there, {new.get(name)} here" for name in names]
+    def refuse_other_run(self):
+        """Raise UserError if the folder holds another run; what only one version or k-NN knows of is ignored."""
+        config, log = self.folder / "config.json", self.folder / "log.jsonl"
+        if config.exists():
+            old, new = identity(json.loads(config.read_text())), self.identity
+            names = sorted(name for name in old.keys() & new.keys() if old[name] != new[name])
+            found = [f"{name} {old[name]} there, {new[name]} here" for name in names]
         else:
             names = "checkpoint.pth", "backbone.pth", "eval.json"
             found = [f"{name}, but no config.json" for name in names if (self.folder / name).exists()]
+        if log.exists() and log.stat().st_size and not (self.folder / "checkpoint.pth").exists():
+            found.append("log.jsonl without its checkpoint.pth")
         if found:
             raise UserError(f"{self.folder} holds another run ({'; '.join(found)}): pass another --out")
-        log = self.folder / "log.jsonl"
-        if log.exists() and log.stat().st_size and not (self.folder / "checkpoint.pth").exists():
-            raise UserError(f"{self.folder} holds the log of a run without its checkpoint.pth: pass another --out")
 
     def start_or_resume(self, model, optimizer, scaler, frozen=None, of=None):
         """Load checkpoint.pth into model, optimizer and scaler; without one, save the start.
@@ -1759,10 +1730,7 @@ class Run:
                 log.write(json.dumps(line).encode() + b"\n")
 
     def save(self):
-        """Write checkpoint.pth, with all that a resume needs, then stop if a signal asks for it.
-
-        A frozen teacher stays in its own file. Tensors are saved from the CPU, to load on any machine.
-        """
+        """Write checkpoint.pth, with all that a resume needs, then stop if a signal asks for it."""
         model, optimizer, scaler = self.state
         losses = list(self.average_losses()) if self.losses else []
         largest = torch.nn.utils.get_total_norm(model.parameters(), torch.inf)
@@ -1818,13 +1786,6 @@ class Run:
 # --------------------------------------------------------------------------------------------------------- Command line
 
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, printed by one process."""
-
-    def error(self, message):
-        raise UserError(message)
-
-
 def number(kind, low, high=math.inf, *, open_below=False):
     """Type of an argument that is an int or a float from low to high; with `open_below`, low itself is refused."""
 
@@ -1845,8 +1806,12 @@ fraction = number(float, 0, 1)
 
 def common_parser(script, docstring, *, epochs, batch_size, lr, weight_decay):
     """Parser with the arguments that mean the same in every script; the method's own defaults come in as keywords."""
-    parser = Parser(description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+
+    def error(message):
+        raise UserError(message)
+
+    parser = argparse.ArgumentParser(description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error, add = error, parser.add_argument
     add("--data", help=f"folder with train/ and val/ (default data/imagenet) or one of {', '.join(SMALL_SETS)}[:COUNT]")
     add("--data-root", default="data", help="where torchvision keeps or puts the small sets (default %(default)s)")
     add("--image-size", type=positive_int, help="pixels (default 224 for a folder, 96 for stl10, else 32; "
@@ -1855,8 +1820,7 @@ def common_parser(script, docstring, *, epochs, batch_size, lr, weight_decay):
     add("--max-steps", type=positive_int, help="stop after so many steps; the schedule still follows --epochs")
     add("--batch-size", type=positive_int, default=batch_size, help="over all processes (default %(default)s)")
     if script != "linear_eval":
-        add("--init", metavar="FILE", help="start from the backbone of a file, as of a teacher, or torchvision, its "
-            "labelled weights (default: random)")  # fmt: skip
+        add("--init", metavar="FILE", help="start from a file's backbone or torchvision, its weights (default: random)")
     add("--weight-decay", type=number(float, 0), default=weight_decay, help="default %(default)s, the paper's")
     if lr is not None:
         add("--lr", type=positive_float, default=lr, help="learning rate (default %(default)s, for the default batch)")
@@ -1912,10 +1876,10 @@ def run_script(main):
         status, message = 1, traceback.format_exc()
         lost = re.search(r"Connection (closed|reset) by \w*\s?peer|Broken pipe|ncclRemoteError", str(error))
         known = [advice for pattern, advice in KNOWN_ERRORS.items() if re.search(pattern, str(error))]
-        if known and not isinstance(error, UserError):
-            error = UserError(f"{known[0]} ({str(error).partition(chr(10))[0]})")
         if isinstance(error, UserError):
             status, message = 2, f"{script}: error: {textwrap.shorten(str(error), 1000)}"
+        elif known:
+            status, message = 2, f"{script}: error: {known[0]} ({str(error).partition(chr(10))[0]})"
         elif isinstance(error, Stopped):
             status, message = 143, f"{script}: {error}"
         elif isinstance(error, KeyboardInterrupt):
