@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent / "tools"))
 
 import gpu_check
 from gpu_check import Row, Window, waits_among
+from pretend_cuda import PretendCuda
 
 import moco_v2
 
@@ -41,6 +42,18 @@ def test_checks_pass_on_the_cpu(check):
     assert all(row["ok"] and row["value"] is not None for row in rows)
     judged = [row["what"] for row in rows if row["limit"] and not row["cost"]]
     assert table.count("  yes\n") == len(judged) >= 20
+
+
+def test_checks_pass_on_the_pretended_gpu(tmp_path, monkeypatch):
+    """No tensor of a check stays on the CPU where it meets others of the GPU."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 1)
+    with PretendCuda():
+        bench = gpu_check.Bench("cuda", True, tmp_path, 7)
+        for name in ("golden", "views", "losses", "evaluation"):
+            rows = list(gpu_check.CHECKS[name](bench))
+            assert rows and all(row.ok(small=True) for row in rows), rows
 
 
 def test_a_wrong_loss_is_found_and_the_other_checks_go_on(check, monkeypatch):

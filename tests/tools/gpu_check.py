@@ -14,8 +14,8 @@
                 and seed.py from ResNet-50 to EfficientNet-B0, moco_v2.py with ResNet-50
 
 It needs tests/requirements.txt besides the scripts' packages, and no data. It is made for eight minutes on one H100 or
-H200; what would start after `--minutes` is left out, and is then not ok. It prints one table and writes a JSON file. The
-exit status is 1 if a row is not ok.
+H200; what would start after `--minutes` is left out, and is then not ok. It prints one table and writes a JSON file;
+the exit status is 1 if a row is not ok.
 Without a GPU, `--device cpu --small` tries the program: everything is tiny, limits of time and memory are printed and
 not judged, and --compile traces the networks without generating code.
 """
@@ -265,7 +265,11 @@ def resume(bench):
     out, last = bench.folder / "killed", load(whole / "checkpoint.pth")
     command = [sys.executable, *line.split(), "--out", str(out)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not ((out / "log.jsonl").exists() and losses_of(out).size):
+    while (
+        process.poll() is None
+        and time.monotonic() < bench.end
+        and not ((out / "log.jsonl").exists() and losses_of(out).size)
+    ):
         time.sleep(0.01)
     process.kill()
     yield Row("exit status of the killed run", process.wait(), f"== {-signal.SIGKILL}")
