@@ -102,6 +102,14 @@ def test_a_folder_with_splits_but_no_train_is_refused_and_links_in_a_circle_end(
     assert "has Train and no train" in refused(f"{MOCO} --data {folder} --out {folder}/run", capfd)
 
 
+def test_folders_beside_train_are_named(folder, capfd):
+    """They may be classes, of which one is called train."""
+    shutil.copytree(folder / "train" / "ant", folder / "car")
+    common.say.cache_clear()
+    assert len(common.load_dataset(str(folder), None, "pretrain", CPU)) == 16
+    assert "below train/ alone are used, and not those below car/" in capfd.readouterr().err
+
+
 def test_a_folder_that_cannot_be_listed_is_an_error(folder, capfd, monkeypatch):
     scandir = os.scandir
 
@@ -416,6 +424,8 @@ def test_small_sets_come_out_as_one_tensor(tmp_path, monkeypatch):
             wanted = {"pretrain": "unlabeled"} if name == "stl10" else {"pretrain": "train"}
             assert seen[-1] == {**wanted, "train": "train", "val": "test"}[split]
             assert common.default_image_size(name) == size and dataset.classes == ["a", "b"]
+            wanted = common.CIFAR_MEAN_STD if name.startswith("cifar") else common.IMAGENET_MEAN_STD
+            assert common.mean_std_of(dataset) == wanted
             assert dataset.images.shape[:2] == (6, 3) and dataset.images.dtype == torch.uint8
     assert (dataset.images[0, 0] == dataset.images[0, 2]).all()  # grey, from Fashion-MNIST
     cifar = common.load_dataset("cifar10", tmp_path, "train", CPU).images

@@ -61,6 +61,12 @@ def test_learning_rate_falls_at_60_and_80_percent_or_by_discos_halvings():
     assert falls == [5, 10, 15, 20, 25, 30, 35, 40, 45, 60, 80] and factors[99] == 0.5**11
 
 
+def test_classifiers_start_as_in_the_papers():
+    torch.manual_seed(0)
+    for head in linear_eval.Probe(500, 100, 2).heads:
+        assert head.weight.std().item() == pytest.approx(0.01, rel=0.05) and not head.bias.any()
+
+
 def test_cached_batches_see_every_image_once_an_epoch():
     features, labels = torch.arange(21.0)[:, None], torch.arange(21)
     labels[6] = -1  # cannot be read
