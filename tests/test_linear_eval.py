@@ -67,6 +67,14 @@ def test_classifiers_start_as_in_the_papers():
         assert head.weight.std().item() == pytest.approx(0.01, rel=0.05) and not head.bias.any()
 
 
+def test_the_schedule_reaches_every_learning_rate(tmp_path, teacher_file):
+    """Cut by 10 at 60 and 80 % of the epochs: the last of five epochs has a hundredth."""
+    line = f"linear_eval.py --data shapes:32 --image-size 16 --batch-size 16 --cached --knn 3 --weights {teacher_file}"
+    run(f"{line} --epochs 5 --lr 1 0.1 --out {tmp_path}")
+    groups = common.load_file(tmp_path / "checkpoint.pth")["optimizer"]["param_groups"]
+    assert [group["lr"] for group in groups] == pytest.approx([0.01, 0.001])
+
+
 def test_cached_batches_see_every_image_once_an_epoch():
     features, labels = torch.arange(21.0)[:, None], torch.arange(21)
     labels[6] = -1  # cannot be read
