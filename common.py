@@ -1246,7 +1246,7 @@ def recognise(kinds, state, end=""):
 
 
 def build_head(path, state, activation=nn.ReLU):
-    """The head of a file: one linear layer, or an MLP with or without BatchNorm; the identity for none."""
+    """The head of a file: a linear layer, or an MLP, which may have BatchNorm or LayerNorm; the identity for none."""
     if state.keys() == {"weight", "bias"}:
         head = nn.Linear(state["weight"].shape[-1], len(state["weight"]))
     else:  # keys begin with places in a Sequential; a place without weights is an activation
@@ -1256,6 +1256,8 @@ def build_head(path, state, activation=nn.ReLU):
             weight, mean = state.get(f"{place}.weight"), state.get(f"{place}.running_mean")
             if mean is not None:
                 head.append(nn.BatchNorm1d(len(mean), affine=weight is not None))
+            elif weight is not None and weight.ndim == 1:
+                head.append(nn.LayerNorm(len(weight)))
             elif weight is not None:
                 head.append(nn.Linear(weight.shape[-1], len(weight), bias=f"{place}.bias" in state))
             else:

@@ -605,3 +605,18 @@ def test_a_labelled_file_of_torchvision_loads_without_its_classifier(tmp_path):
     loaded = common.load_teacher(tmp_path / "resnet18.pth")
     images = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(network.fc(loaded(images)), network(images))
+
+
+@pytest.mark.parametrize("head", [
+    nn.Identity(),
+    nn.Linear(64, 8),
+    nn.Sequential(nn.Linear(64, 32), nn.LayerNorm(32), nn.ReLU(), nn.Linear(32, 8)),
+    nn.Sequential(nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 8, bias=False)),
+], ids=["none", "linear", "LayerNorm", "BatchNorm"])  # fmt: skip
+def test_a_forks_student_loads_with_its_own_head_or_none(head, tmp_path):
+    student = common.Encoder(common.build_backbone("resnet8"), head).eval()
+    state = {f"student.{key}": value for key, value in student.state_dict().items()}
+    torch.save({"model": state, "arch": "resnet8", "image_size": 32, "mean_std": common.IMAGENET_MEAN_STD},
+               tmp_path / "checkpoint.pth")  # fmt: skip
+    teacher, images = common.load_teacher(tmp_path / "checkpoint.pth"), torch.randn(2, 3, 32, 32)
+    assert torch.equal(teacher(images), student(images)) and teacher.dim == student.dim
