@@ -692,6 +692,7 @@ def worker_init(worker):
     """Make a worker ignore signals that reach all processes of a run: the main process needs it to save the run."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    sys.excepthook = lambda *error: None  # hides errors of sharing batches when the main process ends
     # A batch that cannot be sent is lost, and the run would wait for it: end, which the main process notices at once
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(end_worker)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
