@@ -39,7 +39,7 @@ def results_of_a_process(image_folder, broken_folder, folder):
         "shapes": loaded_shapes(),
         "listings": listings(image_folder),
         "fetches": fetches(folder),
-        "dealt": dealt(),
+        "shuffled": shuffled_rows(),
         "own statistics": features_after_own_batches(),
         "features": features_of_shapes(),
         "running mean": running_mean(),
@@ -158,13 +158,13 @@ def test_one_process_fetches_a_small_set(on_two):
     assert [results["fetches"] for results in on_two] == [["small"], []]
 
 
-def dealt():
+def shuffled_rows():
     x = torch.arange(6.0).view(3, 2) + 10 * common.rank()
     return common.gather(x), common.shuffle(x), common.gather_unshuffled(common.shuffle(x))
 
 
-def test_shuffle_deals_the_batch_out_and_back(on_two):
-    (everything, first, back), (everything1, second, back1) = (results["dealt"] for results in on_two)
+def test_shuffle_interleaves_the_batch_and_is_undone(on_two):
+    (everything, first, back), (everything1, second, back1) = (results["shuffled"] for results in on_two)
     assert torch.equal(everything, everything1) and everything[:, 0].tolist() == [0, 2, 4, 10, 12, 14]
     assert first[:, 0].tolist() == [0, 4, 12] and second[:, 0].tolist() == [2, 10, 14]
     assert torch.equal(back, everything) and torch.equal(back1, everything)
