@@ -152,18 +152,18 @@ def main():
         encoder.to(device, memory_format=torch.channels_last)
         if args.compile:
             encoder.backbone.compile()
-        train_set, val_set = load_or_extract(run, number, encoder, (train, val), options)
-        votes = common.knn_accuracy(train_set, val_set, args.knn, len(train.classes), args.knn_temperature)
+        train_features, val_features = load_or_extract(run, number, encoder, (train, val), options)
+        votes = common.knn_accuracy(train_features, val_features, args.knn, len(train.classes), args.knn_temperature)
         picture = run.folder / f"neighbors{number if number > 1 else ''}.png"
-        draw_neighbours(picture, (train, val), (train_set, val_set), size)
-        batches = CachedBatches(*train_set, args.batch_size, args.seed) if args.cached else loader
-        del train_set  # frees its memory, except with --cached
+        draw_neighbours(picture, (train, val), (train_features, val_features), size)
+        batches = CachedBatches(*train_features, args.batch_size, args.seed) if args.cached else loader
+        del train_features  # frees its memory, except with --cached
         results[name] = {
             "parameters": sum(p.numel() for p in encoder.backbone.parameters()),
             "feature_dim": encoder.backbone.feature_dim,
             "max_steps": args.max_steps,
             **votes,
-            protocol: train_classifiers(run, (number, name), encoder, batches, val, val_set, options),
+            protocol: train_classifiers(run, (number, name), encoder, batches, val, val_features, options),
         }
         run.log(votes)
         run.write("eval.json", results)
@@ -237,11 +237,11 @@ def load_or_extract(run, number, encoder, datasets, options):
     return features
 
 
-def train_classifiers(run, of, encoder, batches, val, val_set, options):
+def train_classifiers(run, of, encoder, batches, val, val_features, options):
     """Train a linear layer for each learning rate on frozen features; with --finetune, one layer and the network.
 
-    of: number and name of the weights. batches: a `common.Loader` or `CachedBatches`. val, val_set: validation images,
-    and their features and labels.
+    of: number and name of the weights. batches: a `common.Loader` or `CachedBatches`. val, val_features: validation
+    images, and their features and labels.
     Returns the metrics of the best layer, and the accuracies of all.
     """
     args, metrics, device = run.args, [], options[-1]
@@ -262,8 +262,9 @@ def train_classifiers(run, of, encoder, batches, val, val_set, options):
     ddp_model = common.distribute(model) if args.finetune else model
 
     def evaluate_heads():
-        features = common.extract_features(model, val, *options) if args.finetune else val_set
-        metrics[:] = [evaluate(head, *features) for head in probe.heads]
+        nonlocal metrics
+        features = common.extract_features(model, val, *options) if args.finetune else val_features
+        metrics = [evaluate(head, *features) for head in probe.heads]
         return {"top1": [values["top1"] for values in metrics]}
 
     for epoch in run.epochs(args.epochs, len(batches), evaluate_heads):
@@ -293,11 +294,11 @@ def draw_neighbours(path, datasets, features, size, queries=8, neighbours=10):
     A blue frame means the query's class, a red one another. datasets: training and validation images; features: what
     `common.extract_features` returns for each.
     """
-    (train, val), (train_set, (val_features, val_labels)) = datasets, features
+    (train, val), (train_features, (val_features, val_labels)) = datasets, features
     rows = (val_labels >= 0).nonzero()[:, 0]
     rows = rows[torch.linspace(0, len(rows) - 1, queries).long().unique()]
-    _, nearest = common.nearest_neighbours(train_set, gather_rows(val_features, rows), neighbours)
-    nearest = nearest[:, : (train_set[1] >= 0).sum()]
+    _, nearest = common.nearest_neighbours(train_features, gather_rows(val_features, rows), neighbours)
+    nearest = nearest[:, : (train_features[1] >= 0).sum()]
     if common.rank() > 0:
         return
 
@@ -306,7 +307,7 @@ def draw_neighbours(path, datasets, features, size, queries=8, neighbours=10):
         images = TF.to_dtype(images.cpu(), torch.float32, scale=True)
         return F.interpolate(images, max(64, size), mode="nearest").unflatten(0, numbers.shape)
 
-    same = (train_set[1][nearest] == val_labels[rows, None]).cpu()
+    same = (train_features[1][nearest] == val_labels[rows, None]).cpu()
     grey, blue, red = torch.tensor([[0.5, 0.5, 0.5], [0.1, 0.4, 0.9], [0.9, 0.2, 0.1]])
     colors = torch.cat([grey.expand(len(rows), 1, 3), blue.where(same[:, :, None], red)], dim=1)
     images = torch.cat([pixels(val, rows[:, None]), pixels(train, nearest)], dim=1)
