@@ -239,9 +239,10 @@ def load_dataset(data, data_root, split, device, image_size=32):
 def load_labelled(data, data_root, device, image_size=32):
     """The training and the validation images of a data set; see `load_dataset`."""
     train, val = (load_dataset(data, data_root, split, device, image_size) for split in ("train", "val"))
-    differ = set(train.classes) ^ set(val.classes)
-    if differ:
-        raise UserError(f"train/ and val/ of {data or 'data/imagenet'} hold different classes, for one {min(differ)}")
+    if list(train.classes) != list(val.classes):
+        differ = set(train.classes) ^ set(val.classes)
+        how = f"different classes, for one {min(differ)}" if differ else "the same classes in another order"
+        raise UserError(f"train and val of {data or 'data/imagenet'} hold {how}")
     return train, val
 
 
@@ -253,7 +254,9 @@ def in_memory(dataset):
 
 def labels_of(dataset):
     """Labels of all images, (N,); a data set without `labels` or `targets` is read once for them, -1 if unreadable."""
-    labels = getattr(dataset, "labels", getattr(dataset, "targets", None))
+    labels = getattr(dataset, "labels", None)
+    if labels is None and not getattr(dataset, "target_transform", None):
+        labels = getattr(dataset, "targets", None)
     if labels is None:
         labels = [-1] * len(dataset)
         for index in range(len(dataset)):

@@ -7,6 +7,7 @@ import zipfile
 
 import pytest
 import torch
+import torchvision
 from conftest import ROOT, error_lines, run
 from PIL import Image
 
@@ -89,3 +90,21 @@ def test_the_identity_of_ones_own_data_is_its_images(zips, zip_file, tmp_path):
     assert common.describe_content(moved) == described and described.startswith("24 images of 2 classes")
     other = common.load_dataset(str(zip_file), None, "val", torch.device("cpu"))
     assert common.describe_content(other) != described
+
+
+def test_classes_in_another_order_are_refused(monkeypatch):
+    """A label would mean another class in validation, and the accuracy would look right."""
+
+    def load_dataset(data, data_root, split, device, image_size=32):
+        classes = ["bee", "ant"] if split == "val" else ["ant", "bee"]
+        return common.ArrayDataset(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), [0, 1], classes, device)
+
+    monkeypatch.setattr(common, "load_dataset", load_dataset)
+    with pytest.raises(common.UserError, match="the same classes in another order"):
+        common.load_labelled("own", None, torch.device("cpu"))
+
+
+def test_labels_are_those_that_a_target_transform_gives():
+    dataset = torchvision.datasets.FakeData(6, (3, 8, 8), 2, target_transform=lambda label: 1 - label)
+    dataset.targets = [int(torchvision.datasets.FakeData(6, (3, 8, 8), 2)[i][1]) for i in range(6)]
+    assert common.labels_of(dataset).tolist() == [1 - label for label in dataset.targets]
