@@ -874,6 +874,30 @@ def widened_resnet50(times):
     return network.apply(kaiming_init)
 
 
+class Depthwise(nn.Conv2d):
+    """A depthwise convolution without bias that computes maps of at most 3x3 pixels as matrix products."""
+
+    def forward(self, x):
+        size = x.shape[2:]
+        if max(size) > 3:
+            return super().forward(x)
+        pixels = torch.eye(size.numel(), dtype=x.dtype, device=x.device).unflatten(1, (1, *size))
+        matrices = F.conv2d(pixels, self.weight, None, self.stride, self.padding, self.dilation)  # of each pixel
+        return torch.einsum("ncp,pchw->nchw", x.flatten(2), matrices)
+
+
+def speed_up_depthwise(network):
+    """Make depthwise convolutions `Depthwise`, in place, for CPUs without AVX-512.
+
+    There oneDNN takes the gradients of their weights on small maps image by image and channel by channel, which is half
+    of the time of a step of MobileNetV3 on 24 pixels.
+    """
+    for module in network.modules():
+        depthwise = isinstance(module, nn.Conv2d) and 1 < module.groups == module.in_channels == module.out_channels
+        if depthwise and module.bias is None:
+            module.__class__ = Depthwise
+
+
 # torchvision's classification networks and their numbers of parameters, with classifiers of 1000 classes; not those
 # whose files do not tell all: GoogLeNet, Inception (how images are transformed) and MNASNet (its version)
 PARAMETERS = {name: torchvision.models.get_model_weights(name).DEFAULT.meta["num_params"]
@@ -904,6 +928,8 @@ def build_backbone(arch, image_size=224, init=None):
     network = networks[arch](**options)
     if small and isinstance(network, torchvision.models.ResNet):
         small_stem(network)
+    if small and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        speed_up_depthwise(network)
     remove_classifier(network)
     if not next(network.parameters()).is_meta:
         check_input_size(network, arch, image_size)

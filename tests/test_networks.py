@@ -67,3 +67,24 @@ def test_cifar_resnets_start_as_crds():
 def test_vgg_of_small_images_is_cifars():
     assert common.build_backbone("vgg13", 32).feature_dim == 512
     assert common.build_backbone("vgg13", 64).feature_dim == 4096
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (3, 3), (5, 4)])
+def test_depthwise_convolutions_are_the_same_as_matrix_products(size, stride):
+    conv = torch.nn.Conv2d(6, 6, 5, stride, 2, groups=6, bias=False).double()
+    images = torch.randn(4, 6, *size, dtype=torch.float64, requires_grad=True)
+    expected = conv(images)
+    gradients = torch.autograd.grad(expected.square().sum(), [images, conv.weight])
+    common.speed_up_depthwise(conv)
+    assert type(conv) is common.Depthwise
+    result = conv(images)
+    torch.testing.assert_close(result, expected)
+    torch.testing.assert_close(torch.autograd.grad(result.square().sum(), [images, conv.weight]), gradients)
+
+
+def test_depthwise_convolutions_are_replaced_for_small_images_without_avx512(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    kinds = [{type(module) for module in common.build_backbone("mobilenet_v3_small", size).modules()}
+             for size in (24, 64)]  # fmt: skip
+    assert [common.Depthwise in kind for kind in kinds] == [True, False]
