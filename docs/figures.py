@@ -44,6 +44,9 @@ TABLES = {
         "moco_v2": "MoCo v2 alone", "moco_v2_lr0.03": "MoCo v2 alone", "moco_v2_lr0.1": "MoCo v2 alone",
         "moco_v2_lr0.3": "MoCo v2 alone",
     }),
+    "fashion_long": ("fashion_long", [*KNN, "linear", *FEW[:3]], {
+        "teacher": FASHION["teacher"], "seed": "SEED", "pixels": "raw pixels",
+    }),
     "fashion_resnet8": ("fashion_resnet8", ["parameters", *KNN, "linear", *GAP], FASHION_RESNET8),
     "fashion_resnet8_few": ("fashion_resnet8", FEW, FASHION_RESNET8),
     "fashion_resnet8_rates": ("fashion_resnet8", ["training lr", "20-NN 1percent", "linear 1percent"], {
