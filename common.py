@@ -24,7 +24,6 @@ import multiprocessing
 import os
 import platform
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -580,7 +579,7 @@ class Loader:
         self.steps = []  # of the next batches
         self.batch_size = batch_size
         batches = TrainingBatches(dataset, views, batch_size, seed)
-        self.loader = make_dataloader(batches, self.steps, len(self), workers, device)
+        self.loader = make_dataloader(batches, self.steps, workers, device)
 
     def __len__(self):
         return len(self.dataset) // self.batch_size
@@ -608,8 +607,8 @@ class TrainingBatches:
     def __init__(self, dataset, views, batch_size, seed):
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
         self.views = [replace(view, augment=None) for view in views]  # any function may stand there, even a lambda
-        self.rows = batch_size // world_size()
-        self.own = slice(rank() * self.rows, (rank() + 1) * self.rows)  # workers do not know the rank
+        rows = batch_size // world_size()
+        self.own = slice(rank() * rows, (rank() + 1) * rows)  # workers do not know the rank
 
     def __getitem__(self, step):
         epoch, batch = divmod(step, len(self.dataset) // self.batch_size)
@@ -630,7 +629,6 @@ class CenterCrops:
 
     def __init__(self, dataset, image_size, indices, batch_size):
         self.dataset, self.views = dataset, [View(image_size)]
-        self.rows = min(batch_size, len(indices))
         self.parts = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
 
     def __len__(self):
@@ -675,16 +673,9 @@ def load_batch(dataset, indices, views, random_params, seeds=None):
     return crops, labels, unreadable
 
 
-def make_dataloader(batches, numbers, count, workers, device):
-    """torch's DataLoader of `batches[number]`, `count` of them at most at a time: workers make those of files."""
+def make_dataloader(batches, numbers, workers, device):
+    """torch's DataLoader of `batches[number]`: workers make those of files."""
     workers = 0 if in_memory(batches.dataset) else workers
-    if workers and os.path.isdir("/dev/shm"):  # through which they send batches
-        batch = batches.rows * sum(3 * view.size**2 for view in batches.views)  # bytes
-        needed = min(count, 2 * workers + 1) * batch * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) / 2**20
-        free = shutil.disk_usage("/dev/shm").free / 2**20
-        if needed > free:
-            raise UserError(f"--workers {workers} put up to {needed:.1f} MiB of images into /dev/shm, where {free:.1f} "
-                            "MiB are free: enlarge it (docker run --shm-size), or lower --workers")  # fmt: skip
     # A batch that takes longer than ten minutes is lost
     options = {"persistent_workers": True, "worker_init_fn": worker_init, "timeout": 600} if workers else {}
     pin_memory = device.type == "cuda" and not in_memory(batches.dataset)
@@ -1461,7 +1452,7 @@ def extract_features(encoder, dataset, image_size, batch_size, workers, device):
     training = encoder.training
     encoder.eval()
     start = 0
-    for (images,), targets in to_device(make_dataloader(crops, None, len(crops), workers, device), device):
+    for (images,), targets in to_device(make_dataloader(crops, None, workers, device), device):
         own = slice(start, start := start + len(targets))
         features[own], labels[own] = encoder.features(normalize(images, mean_std_of(dataset))), targets
     encoder.train(training)
@@ -1931,8 +1922,8 @@ def run_script(main):
 
 
 KNOWN_ERRORS = {  # a pattern of a library's message: the cause and the way out
-    r"DataLoader worker \(pid|DataLoader timed out|No space left": "a loading process is lost for want of "
-    "memory, room in /dev/shm or open files (ulimit -n): lower --workers or --batch-size",
+    r"DataLoader worker \(pid|DataLoader timed out|No space left": "a loading process is lost for want of memory, open "
+    "files (ulimit -n) or room in /dev/shm (docker run --shm-size): lower --workers or --batch-size",
     r"Too many open files|items of ancdata": "too many open files: raise `ulimit -n`, or lower --workers",
     r"Expected more than 1 value per channel": "BatchNorm needs more than one image per process: raise --batch-size",
 }

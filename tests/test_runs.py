@@ -525,13 +525,6 @@ def test_no_process_waits_for_a_batch_that_is_lost(tmp_path, image_folder):
         assert done.returncode == 2 and all(word in message for word in ("/dev/shm", "--workers")), message
 
 
-def test_workers_that_need_more_than_dev_shm_has_are_refused(monkeypatch, image_folder, capfd):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: argparse.Namespace(free=2**20))
-    line = f"moco_v2.py --data {image_folder} --arch resnet8 --batch-size 8 --queue-size 8 --workers 2 --out none"
-    message = refused(line, capfd)
-    assert all(word in message for word in ("--workers 2", "/dev/shm", "1.0 MiB", "--shm-size")), message
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_view_may_hold_any_function(workers, image_folder):
     """Also one that cannot be sent to a worker."""
