@@ -48,7 +48,7 @@ from PIL import Image
 from torch.export.passes import move_to_device_pass
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
@@ -627,16 +627,11 @@ def epoch_order(count, seed, epoch):
 class CenterCrops:
     """Batches of evaluation: centre crops of the images with these indices, in their order."""
 
-    def __init__(self, dataset, image_size, indices, batch_size):
+    def __init__(self, dataset, image_size):
         self.dataset, self.views = dataset, [View(image_size)]
-        self.parts = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
 
-    def __len__(self):
-        return len(self.parts)
-
-    def __getitem__(self, batch):
-        indices = self.parts[batch]
-        return load_batch(self.dataset, indices, self.views, np.ones((1, len(indices), CROP_PARAMS)))
+    def __getitem__(self, indices):
+        return load_batch(self.dataset, np.array(indices), self.views, np.ones((1, len(indices), CROP_PARAMS)))
 
 
 def load_batch(dataset, indices, views, random_params, seeds=None):
@@ -673,13 +668,13 @@ def load_batch(dataset, indices, views, random_params, seeds=None):
     return crops, labels, unreadable
 
 
-def make_dataloader(batches, numbers, workers, device):
-    """torch's DataLoader of `batches[number]`: workers make those of files."""
+def make_dataloader(batches, sampler, workers, device):
+    """torch's DataLoader of `batches[x]` for each x of the sampler: workers make those of files."""
     workers = 0 if in_memory(batches.dataset) else workers
     # A batch that takes longer than ten minutes is lost
     options = {"persistent_workers": True, "worker_init_fn": worker_init, "timeout": 600} if workers else {}
     pin_memory = device.type == "cuda" and not in_memory(batches.dataset)
-    return DataLoader(batches, None, sampler=numbers, num_workers=workers, pin_memory=pin_memory, **options)
+    return DataLoader(batches, None, sampler=sampler, num_workers=workers, pin_memory=pin_memory, **options)
 
 
 def worker_init(worker):
@@ -1445,14 +1440,15 @@ def extract_features(encoder, dataset, image_size, batch_size, workers, device):
         for buffer in encoder.buffers():
             dist.broadcast(buffer, 0)
     share = -(-len(dataset) // world_size())
-    numbers = np.arange(len(dataset))[rank() * share :][:share]
-    crops = CenterCrops(dataset, image_size, numbers, max(1, batch_size // world_size()))
+    numbers = range(len(dataset))[rank() * share :][:share]
+    batches = BatchSampler(numbers, max(1, batch_size // world_size()), drop_last=False)
+    loader = make_dataloader(CenterCrops(dataset, image_size), batches, workers, device)
     features = torch.zeros(share, encoder.backbone.feature_dim, device=device)
     labels = torch.full((share,), -1, device=device)
     training = encoder.training
     encoder.eval()
     start = 0
-    for (images,), targets in to_device(make_dataloader(crops, None, workers, device), device):
+    for (images,), targets in to_device(loader, device):
         own = slice(start, start := start + len(targets))
         features[own], labels[own] = encoder.features(normalize(images, mean_std_of(dataset))), targets
     encoder.train(training)

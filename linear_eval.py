@@ -303,7 +303,7 @@ def draw_neighbours(path, datasets, features, size, queries=8, neighbours=10):
         return
 
     def pixels(dataset, numbers):
-        (images,), _, _ = common.CenterCrops(dataset, size, numbers.flatten().cpu().numpy(), numbers.numel())[0]
+        (images,), _, _ = common.CenterCrops(dataset, size)[numbers.flatten().tolist()]
         images = TF.to_dtype(images.cpu(), torch.float32, scale=True)
         return F.interpolate(images, max(64, size), mode="nearest").unflatten(0, numbers.shape)
 

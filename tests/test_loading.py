@@ -90,7 +90,7 @@ def test_folder_decodes_every_kind_of_file_and_crops_for_evaluation(image_folder
 
     dataset = common.FolderDataset(image_folder / "train")
     assert len(dataset) == 16 and dataset.classes == ["ant", "bee"]
-    (images,), labels, unreadable = common.CenterCrops(dataset, 28, np.arange(16), 16)[0]
+    (images,), labels, unreadable = common.CenterCrops(dataset, 28)[range(16)]
     assert images.dtype == torch.uint8 and images.shape == (16, 3, 28, 28) and labels.tolist() == [0] * 8 + [1] * 8
     assert not unreadable
     for i, image in enumerate(images):
