@@ -147,6 +147,23 @@ def test_features_separate_what_they_should(tmp_path):
     assert result["linear"]["top1"] == result["linear"]["top5"] == result["knn"]["5"] == 100
 
 
+@pytest.mark.parametrize("options", ["--cached", "", "--finetune"])
+def test_classifiers_and_neighbours_learn_from_training_labels_alone(tmp_path, monkeypatch, options):
+    """All are wrong where validation labels are swapped."""
+
+    def load_dataset(data, data_root, split, device, image_size=32):
+        labels = torch.arange(40) % 2
+        images = torch.randint(80, (40, 3, 16, 16), dtype=torch.uint8)
+        images[labels == (split == "train"), 0] += 150
+        return common.ArrayDataset(images, labels, ["ant", "bee"], device)
+
+    monkeypatch.setattr(common, "load_dataset", load_dataset)
+    line = "linear_eval.py --data own --image-size 16 --batch-size 10 --weights random --arch resnet8 --knn 5 --lr 1"
+    run(f"{line} --epochs 5 --out {tmp_path} {options}")
+    (result,) = json.loads((tmp_path / "eval.json").read_text()).values()
+    assert result["knn"]["5"] == result.get("linear", result.get("finetune"))["top1"] == 0
+
+
 def test_released_teacher_on_jpeg_files(tmp_path, image_folder, released_file, capsys):
     """A released file, on a folder: crops and flips anew each epoch; stopped and resumed, the result is the same."""
     line = (
@@ -269,6 +286,13 @@ def test_the_network_learns_when_fine_tuned_and_goes_on(tmp_path, teacher_file):
     before = common.build_backbone("resnet8", 16).state_dict()
     assert not torch.equal(tuned["backbone.conv1.weight"], before["conv1.weight"])
     assert not torch.equal(tuned["backbone.bn1.running_mean"], before["bn1.running_mean"])
+
+    # What is evaluated is the network that was trained
+    encoder = common.Encoder(common.build_backbone("resnet8", 16), Probe(64, 10, 1))
+    encoder.load_state_dict(tuned)
+    val = common.load_dataset("shapes:120", None, "val", torch.device("cpu"), 16)
+    features = common.extract_features(encoder, val, 16, 24, 0, torch.device("cpu"))
+    assert evaluate(encoder.head.heads[0], *features)["confusion"] == whole["random"]["finetune"]["confusion"]
 
 
 def evaluate_again(line, out):

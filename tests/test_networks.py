@@ -81,6 +81,7 @@ def test_depthwise_convolutions_are_the_same_as_matrix_products(size, stride):
     result = conv(images)
     torch.testing.assert_close(result, expected)
     torch.testing.assert_close(torch.autograd.grad(result.square().sum(), [images, conv.weight]), gradients)
+    assert conv.to("meta")(images.to("meta")).shape == expected.shape  # not on the CPU: torch's own
 
 
 def test_depthwise_convolutions_are_replaced_for_small_images_without_avx512(monkeypatch):
