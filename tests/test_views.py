@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import COLOR
+from conftest import COLOR, run
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as TF
 
@@ -105,3 +105,34 @@ def test_color_parameters_have_the_papers_distribution():
     assert len(orders) == 24 and counts.min() > 0.8 * n / 24
     small = common.draw_color(np.random.default_rng(3), n, common.View(32, **COLOR))["sigma"]
     np.testing.assert_allclose(small, drawn["sigma"] * 32 / 224)
+
+
+MOCO = {"scale": (0.2, 1.0), "flip": 0.5, "jitter": (0.4, 0.4, 0.4, 0.1), "jitter_p": 0.8, "grey": 0.2,
+        "blur": (0.1, 2.0), "blur_p": 0.5}  # fmt: skip
+SMALL, LARGE = {**MOCO, "scale": (0.05, 0.14)}, {**MOCO, "scale": (0.14, 1.0)}
+CIFAR, IMAGENET = {"scale": None, "flip": 0.5}, {"scale": (0.08, 1.0), "flip": 0.5}
+STUDENT = "--teacher {teacher} --student resnet8"
+
+
+@pytest.mark.parametrize("line, expected", [
+    ("moco_v2.py --data shapes:32 --arch resnet8 --queue-size 16", [MOCO, MOCO]),
+    (f"disco.py --data shapes:32 --queue-size 16 {STUDENT}", [MOCO, MOCO]),
+    (f"seed.py --data shapes:32 --queue-size 16 {STUDENT}", [MOCO]),
+    (f"seed.py --data shapes:32 --queue-size 16 {STUDENT} --small-crops 2 --small-size 8", [LARGE, SMALL, SMALL]),
+    ("sskd.py --data shapes:32 --train-teacher resnet8", [CIFAR]),
+    ("sskd.py --data {folder} --workers 0 --train-teacher resnet8", [IMAGENET]),
+    ("linear_eval.py --data shapes:32 --weights {teacher} --lr 1 --knn 1", [IMAGENET]),
+])  # fmt: skip
+def test_scripts_train_on_the_papers_views(line, expected, teacher_file, image_folder, tmp_path, monkeypatch):
+    found, start = [], common.Loader.__init__
+
+    def init(self, dataset, views, *rest):
+        found.append(views)
+        start(self, dataset, views, *rest)
+
+    monkeypatch.setattr(common.Loader, "__init__", init)
+    line = line.format(teacher=teacher_file, folder=image_folder)
+    run(f"{line} --image-size 16 --batch-size 16 --epochs 1 --max-steps 1 --out {tmp_path}")
+    (views,) = found
+    defaults = vars(common.View(0))
+    assert [{**vars(view), "size": 0, "augment": None} for view in views] == [{**defaults, **view} for view in expected]
