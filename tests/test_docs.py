@@ -19,7 +19,7 @@ from torch.distributed.run import get_args_parser
 import common
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-PROGRAMS = [*ROOT.glob("*.py"), ROOT / "tests" / "tools" / "faults.py", ROOT / "docs" / "figures.py"]
+PROGRAMS = [*ROOT.glob("*.py"), *(ROOT / "tests" / "tools").glob("*.py"), ROOT / "docs" / "figures.py"]
 FLAGS = {flag for file in PROGRAMS for flag in re.findall(r'"(--[\w-]+)"', file.read_text())}
 # Programs print their command line, at once because two may run beside each other, so that nothing runs.
 SHELL = r"""
