@@ -66,7 +66,7 @@ SMALL_SETS = {"cifar10": 32, "cifar100": 32, "stl10": 96, "fashion_mnist": 32, "
 IMAGENET_MEAN_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of red, green and blue
 CIFAR_MEAN_STD = (0.5071, 0.4866, 0.4409), (0.2675, 0.2565, 0.2761)
 # Entries whose names begin so are the system's, not data
-HIDDEN = (".", "__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume")
+HIDDEN = (".", "__MACOSX", "@eaDir", "@__thumb", "lost+found", "#recycle", "$RECYCLE.BIN", "System Volume")
 
 
 class ArrayDataset:
@@ -183,7 +183,8 @@ def to_rgb(image):
         grey = np.where(levels == image.info.get("transparency"), 255, scaled)
         return torch.from_numpy(grey.astype(np.uint8)).expand(3, -1, -1)
     if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return TF.pil_to_tensor(image.convert("RGB"))
 
 
@@ -222,7 +223,7 @@ def load_dataset(data, data_root, split, device, image_size=32):
         return FolderDataset(folder / split)
     # Without labels, images may lie anywhere: below train/, or where there is none, below the folder itself
     names = broadcast(sorted(os.listdir(folder)) if rank() == 0 and folder.is_dir() else ["train"])
-    splits = [name for name in names if re.match("(train|val|test)", name, re.IGNORECASE)]
+    splits = [name for name in names if re.match(r"(train|val|valid|validation|test)([^a-z]|$)", name, re.IGNORECASE)]
     if "train" in names:
         others = [
             name for name in names if name not in splits and not name.startswith(HIDDEN) and (folder / name).is_dir()
@@ -238,30 +239,55 @@ def load_dataset(data, data_root, split, device, image_size=32):
 def load_labelled(data, data_root, device, image_size=32):
     """The training and the validation images of a data set; see `load_dataset`."""
     train, val = (load_dataset(data, data_root, split, device, image_size) for split in ("train", "val"))
-    if list(train.classes) != list(val.classes):
-        differ = set(train.classes) ^ set(val.classes)
+    if class_names(train) != class_names(val):
+        differ = set(class_names(train)) ^ set(class_names(val))
         how = f"different classes, for one {min(differ)}" if differ else "the same classes in another order"
         raise UserError(f"train and val of {data or 'data/imagenet'} hold {how}")
     return train, val
 
 
+def class_names(dataset):
+    """Names of a data set's classes, a list of strings; raises UserError where one's own has none."""
+    if not hasattr(dataset, "classes"):
+        raise UserError(f"{type(dataset).__name__} has no `classes`, a list of names: see docs/own-data.md")
+    return list(map(str, dataset.classes))
+
+
 def in_memory(dataset):
     """Whether a data set has its images and labels as tensors, so that batches are cropped at once on their device."""
     images, labels = getattr(dataset, "images", None), getattr(dataset, "labels", None)
-    return isinstance(images, torch.Tensor) and images.shape[1:2] == (3,) and isinstance(labels, torch.Tensor)
+    images = isinstance(images, torch.Tensor) and images.dtype == torch.uint8 and images.shape[1:2] == (3,)
+    return images and isinstance(labels, torch.Tensor)
+
+
+def separate(dataset):
+    """A copy of one's own data set to read from: workers cannot share the files that it opens at its first image."""
+    if not in_memory(dataset) and not isinstance(dataset, FolderDataset):
+        with contextlib.suppress(Exception):  # files that are open already cannot be copied
+            return copy.deepcopy(dataset)
+    return dataset
 
 
 def labels_of(dataset):
-    """Labels of all images, (N,); a data set without `labels` or `targets` is read once for them, -1 if unreadable."""
-    labels = getattr(dataset, "labels", None)
-    if labels is None and not getattr(dataset, "target_transform", None):
-        labels = getattr(dataset, "targets", None)
-    if labels is None:
-        labels = [-1] * len(dataset)
-        for index in range(len(dataset)):
+    """Labels of all images, (N,), as the data set returns them; -1 if unreadable.
+
+    One's own data set is read once for them, unless up to a hundred images have those of its `labels` or `targets`.
+    """
+    if in_memory(dataset) or isinstance(dataset, FolderDataset):
+        return dataset.labels
+    dataset, labels = separate(dataset), np.full(len(dataset), -1)
+
+    def read(indices):
+        for index in indices.tolist():
             with contextlib.suppress(Exception):  # as many types as there are ways to be unreadable
                 labels[index] = int(dataset[index][1])
-    return torch.as_tensor(labels)
+        return labels[indices]
+
+    given = np.asarray(getattr(dataset, "labels", getattr(dataset, "targets", ())))
+    some = np.linspace(0, len(dataset) - 1, min(len(dataset), 100)).astype(int)
+    if len(given) == len(dataset) and ((read(some) == given[some]) | (labels[some] < 0)).all():
+        return torch.from_numpy(given.astype(int))
+    return torch.from_numpy(read(np.arange(len(dataset))))
 
 
 def subsample_per_class(dataset, fraction, seed):
@@ -276,27 +302,44 @@ def subsample_per_class(dataset, fraction, seed):
 
 
 def subset(dataset, indices):
-    """A data set of the images with these indices, an array."""
-    if not isinstance(dataset, (ArrayDataset, FolderDataset)):
-        part = torch.utils.data.Subset(dataset, indices.tolist())
-        part.classes, part.labels = dataset.classes, labels_of(dataset)[indices]
-        return part
+    """A data set of the images with these indices, an array. Its `labels` may be replaced."""
+    if not in_memory(dataset) and not isinstance(dataset, FolderDataset):
+        return Part(dataset, indices)
     part = copy.copy(dataset)
     for name in {"images", "names", "labels"} & vars(dataset).keys():
         setattr(part, name, getattr(dataset, name)[indices])
     return part
 
 
+class Part:
+    """Images of one's own data set; `labels` replace those that it returns."""
+
+    def __init__(self, dataset, indices):
+        self.dataset, self.indices, self.labels = dataset, indices, ()
+        self.classes, self.mean_std = dataset.classes, mean_std_of(dataset)
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, index):
+        image, label = self.dataset[int(self.indices[index])]
+        return image, self.labels[index] if len(self.labels) else label
+
+
 def describe_content(dataset):
     """Size and hash of a data set, a string; where it lies does not count.
 
     Hashed are classes, labels, and the values of a set in memory; of a folder, all names and up to a thousand files
-    spread over it, the size and first 64 KiB of each; of another set, up to a hundred of its images.
+    spread over it, the size and first 64 KiB of each; of another set, up to a hundred of its images and their labels.
     """
-    digest = hashlib.sha256(json.dumps(list(dataset.classes)).encode())
-    for name in ("images", "names", "labels"):
-        if isinstance(getattr(dataset, name, None), torch.Tensor):
-            digest.update(getattr(dataset, name).cpu().contiguous().numpy())
+    digest, dataset = hashlib.sha256(json.dumps(class_names(dataset)).encode()), separate(dataset)
+    size = f"{len(dataset)} images of {len(dataset.classes)} classes"
+    for name in ("images", "names", "labels", "targets"):
+        values = getattr(dataset, name, None)
+        if isinstance(values, torch.Tensor):
+            digest.update(values.cpu().contiguous().numpy())
+        elif name in ("labels", "targets") and values is not None:
+            digest.update(str(list(values)).encode())
     files = isinstance(dataset, FolderDataset)
     count = 0 if in_memory(dataset) else min(len(dataset), 1000 if files else 100)
     for index in np.linspace(0, len(dataset) - 1, count).astype(int).tolist():
@@ -305,10 +348,14 @@ def describe_content(dataset):
                 with open(dataset.path(index), "rb") as file:
                     digest.update(b"%d" % os.fstat(file.fileno()).st_size + file.read(2**16))
             else:
-                digest.update(to_rgb(dataset[index][0]).contiguous().numpy())
+                (image, label), (again, _) = dataset[index], dataset[index]
+                if not torch.equal(image := to_rgb(image), to_rgb(again)):
+                    say("warning: images differ when they are read again: a run cannot be repeated or resumed exactly")
+                    return size
+                digest.update(str(label).encode() + image.contiguous().numpy().tobytes())
         except Exception as error:  # as many types as there are ways to be unreadable
             digest.update(type(error).__name__.encode())
-    return f"{len(dataset)} images of {len(dataset.classes)} classes, content {digest.hexdigest()[:16]}"
+    return f"{size}, content {digest.hexdigest()[:16]}"
 
 
 def load_small_set(name, root, split):
@@ -321,7 +368,7 @@ def load_small_set(name, root, split):
         broadcast(None)  # waits for rank 0
     try:
         found = opener(root, download=rank() == 0, **options)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError, AssertionError) as error:  # ... of a damaged file
         raise UserError(f"cannot open {name} in {root} ({error}): pass --data-root") from None
     if rank() == 0:
         broadcast(None)
@@ -645,10 +692,10 @@ def load_batch(dataset, indices, views, random_params, seeds=None):
         indices = torch.from_numpy(indices).to(dataset.images.device, non_blocking=True)
         images = dataset.images[indices].float().div_(255)
         crops = [view.crop_batch(images, params) for view, params in zip(views, random_params, strict=True)]
-        return crops, dataset.labels[indices], {}
+        return crops, dataset.labels[indices].long(), {}
     n, unreadable = len(indices), {}
     crops = [torch.zeros(n, 3, view.size, view.size, dtype=torch.uint8) for view in views]
-    labels, given = torch.full((n,), -1), getattr(dataset, "labels", None)
+    labels = torch.full((n,), -1)
     for row, index in enumerate(indices):
         for attempt in range(10 if seeds else 1):
             if attempt:
@@ -658,7 +705,7 @@ def load_batch(dataset, indices, views, random_params, seeds=None):
                 image, label = dataset[int(index)]
                 for rows, view, params in zip(crops, views, random_params, strict=True):
                     rows[row] = view.crop(to_rgb(image), params[row : row + 1])
-                labels[row] = int(label if given is None else given[index])
+                labels[row] = -1 if label is None else int(label)
                 break
             except Exception as error:  # decoders raise many types for broken files
                 unreadable[name] = str(error).partition("\n")[0] or type(error).__name__
@@ -1210,8 +1257,9 @@ def torchvision_weights(arch):
     try:
         network = LARGE_NETWORKS[arch](weights="DEFAULT", progress=rank() == 0)
         return {"state_dict": network.state_dict(), "image_size": 224}
-    except (KeyError, ValueError, TypeError, AttributeError, OSError) as error:
-        raise UserError(f"torchvision has no weights for {arch} ({error}): pass --teacher-arch or --arch") from None
+    except Exception as error:  # of any type where a file is damaged
+        raise UserError(f"torchvision gives no weights for {arch} ({error}): pass --teacher-arch or --arch, or remove "
+                        f"a damaged file from {torch.hub.get_dir()}") from None  # fmt: skip
 
 
 def split_state(path, checkpoint):
@@ -1456,6 +1504,8 @@ def extract_features(encoder, dataset, image_size, batch_size, workers, device):
     if (labels < 0).all():
         name, reason = min(UNREADABLE.items(), default=("", ""))
         raise UserError(f"none of {len(dataset)} images can be read, for one {name} ({reason})")
+    if (labels >= len(dataset.classes)).any():
+        raise UserError(f"a label is {labels.max()}: those of {len(dataset.classes)} classes begin at 0")
     return features, labels
 
 
@@ -1596,7 +1646,7 @@ class Run:
         versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
         versions |= {"python": platform.python_version(), "git_commit": None if failed else commit}
         config = {"script": script, **metadata, "arguments": vars(args), "inputs": inputs, "versions": versions,
-                  "processes": world_size(), "classes": list(datasets[-1].classes) if datasets else []}  # fmt: skip
+                  "processes": world_size(), "classes": class_names(datasets[-1]) if datasets else []}  # fmt: skip
         self.identity = identity(config)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -1653,6 +1703,8 @@ class Run:
         self.step = checkpoint.get("step", 0)
         if not checkpoint:
             return self.save()  # shows now if the disk is full
+        if self.step > (self.args.max_steps or self.step):
+            raise UserError(f"{path} is of step {self.step}: raise --max-steps, or pass another --out")
         state = model.state_dict()
         load_strict(model, {**checkpoint["model"], **{name: state[name] for name in names}}, str(path))
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -1843,7 +1895,7 @@ def common_parser(script, docstring, *, epochs, batch_size, lr, weight_decay):
     add("--weight-decay", type=number(float, 0), default=weight_decay, help="default %(default)s, the paper's")
     if lr is not None:
         add("--lr", type=positive_float, default=lr, help="learning rate (default %(default)s, for the default batch)")
-    add("--seed", type=number(int, 0), default=0, help="of weights, order and augmentation (default %(default)s)")
+    add("--seed", type=number(int, 0, 2**63), default=0, help="of weights, order and augmentation (%(default)s)")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS lacks it
     workers = min(8, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     add("--workers", type=number(int, 0), default=workers, help="decoding processes per GPU (default %(default)s)")
@@ -1922,6 +1974,8 @@ KNOWN_ERRORS = {  # a pattern of a library's message: the cause and the way out
     "files (ulimit -n) or room in /dev/shm (docker run --shm-size): lower --workers or --batch-size",
     r"Too many open files|items of ancdata": "too many open files: raise `ulimit -n`, or lower --workers",
     r"Expected more than 1 value per channel": "BatchNorm needs more than one image per process: raise --batch-size",
+    r"out of memory|can't allocate memory": "out of memory: lower --batch-size, --image-size or --queue-size",
+    r"No working C\+\+ compiler|Failed to find C compiler": "no C++ compiler: install one, or leave out --compile",
 }
 
 

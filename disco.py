@@ -188,12 +188,7 @@ def parse_args():
     add("--teacher-mean-std", type=float, nargs="+", metavar="X", help="means, deviations of its images (its own)")
     add("--student", required=True, help="network, any of torchvision's or of CIFAR's (common.CIFAR_NETWORKS)")
     add("--hidden-dim", type=common.positive_int, default=2048, help="of the student's head (default %(default)s)")
-    add(
-        "--distill-weight",
-        type=common.number(float, 0),
-        default=32.0,
-        help="default %(default)s, as released; paper: 1",
-    )
+    add("--distill-weight", type=common.number(float, 0), default=32.0, help="released: %(default)s; paper: 1")
     add("--teacher-bn", choices=["running", "batch"], default="running", help="default %(default)s; batch as released")
     add("--no-contrastive", action="store_true", help="distillation alone, without InfoNCE, mean student and queue")
     add("--queue-size", type=common.positive_int, default=65536, help="negatives (default %(default)s)")

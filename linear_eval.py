@@ -185,7 +185,7 @@ def subset_from_list(dataset, path):
 
     Raises UserError for a set in memory, for a file that cannot be read and for a name that the folder does not have.
     """
-    if common.in_memory(dataset):
+    if not isinstance(dataset, common.FolderDataset):
         raise common.UserError(f"--label-list {path} needs a folder as --data; without one, pass --label-fraction")
     try:
         names = Path(path).read_text(encoding="utf-8-sig").splitlines()
@@ -285,7 +285,8 @@ def train_classifiers(run, of, encoder, batches, val, val_features, options):
     best = top1.index(max(top1))
     by_lr = {f"{lr:g}": value for lr, value in zip(args.lr, top1, strict=True)}
     backbone_lr = {"backbone_lr": args.backbone_lr} if args.finetune else {}
-    return {"lr": args.lr[best], **backbone_lr, "top1_by_lr": by_lr, "classes": list(val.classes), **metrics[best]}
+    names = common.class_names(val)
+    return {"lr": args.lr[best], **backbone_lr, "top1_by_lr": by_lr, "classes": names, **metrics[best]}
 
 
 def draw_neighbours(path, datasets, features, size, queries=8, neighbours=10):
@@ -303,7 +304,7 @@ def draw_neighbours(path, datasets, features, size, queries=8, neighbours=10):
         return
 
     def pixels(dataset, numbers):
-        (images,), _, _ = common.CenterCrops(dataset, size)[numbers.flatten().tolist()]
+        (images,), _, _ = common.CenterCrops(common.separate(dataset), size)[numbers.flatten().tolist()]
         images = TF.to_dtype(images.cpu(), torch.float32, scale=True)
         return F.interpolate(images, max(64, size), mode="nearest").unflatten(0, numbers.shape)
 
