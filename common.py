@@ -1258,7 +1258,7 @@ def torchvision_weights(arch):
         network = LARGE_NETWORKS[arch](weights="DEFAULT", progress=rank() == 0)
         return {"state_dict": network.state_dict(), "image_size": 224}
     except Exception as error:  # of any type where a file is damaged
-        raise UserError(f"torchvision gives no weights for {arch} ({error}): pass --teacher-arch or --arch, or remove "
+        raise UserError(f"torchvision has no weights for {arch} ({error}): pass --teacher-arch or --arch, or remove "
                         f"a damaged file from {torch.hub.get_dir()}") from None  # fmt: skip
 
 
@@ -1703,8 +1703,6 @@ class Run:
         self.step = checkpoint.get("step", 0)
         if not checkpoint:
             return self.save()  # shows now if the disk is full
-        if self.step > (self.args.max_steps or self.step):
-            raise UserError(f"{path} is of step {self.step}: raise --max-steps, or pass another --out")
         state = model.state_dict()
         load_strict(model, {**checkpoint["model"], **{name: state[name] for name in names}}, str(path))
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -1722,6 +1720,8 @@ class Run:
         evaluate: a function that returns a dict to log, called before each `every`-th epoch and at the end of the run.
         """
         self.steps, self.end = steps, min(epochs * steps, self.args.max_steps or epochs * steps)
+        if self.step > (self.args.max_steps or self.step):
+            raise UserError(f"{self.folder} is at step {self.step}: raise --max-steps, or pass another --out")
         images, name = self.args.batch_size, self.of[1] if self.of else self.script
         self.bar = tqdm(desc=name, total=self.end * images, initial=self.step * images, unit="img",
                         unit_scale=True, mininterval=1 if sys.stderr.isatty() else 30, disable=rank() > 0)  # fmt: skip

@@ -100,6 +100,9 @@ def test_a_folder_with_splits_but_no_train_is_refused_and_links_in_a_circle_end(
     assert len(names) == 24 and sum("other" in name for name in names) == 8
     os.rename(folder / "train", folder / "Train")
     assert "has Train and no train" in refused(f"{MOCO} --data {folder} --out {folder}/run", capfd)
+    shutil.rmtree(folder / "val")
+    os.rename(folder / "Train", folder / "valley")  # a class, and no split
+    assert len(common.load_dataset(str(folder), None, "pretrain", CPU)) == 16
 
 
 def test_folders_beside_train_are_named(folder, capfd):
@@ -271,6 +274,8 @@ def test_an_evaluation_of_more_steps_or_at_another_size_is_not_the_old_one(tmp_p
     assert "image-size 16 there, 32 here" in refused(
         f"{small} --weights {tmp_path}/alone.pth --out {tmp_path}/sized", capfd
     )
+    line = f"{small} --weights {teacher_file} --max-steps 7 --out {tmp_path}/run"
+    assert "is at step 8: raise --max-steps" in refused(line, capfd)  # and not the figures of eight steps
     (tmp_path / "run" / "eval.json").write_text("")
     assert "eval.json is damaged" in refused(f"{small} --weights {teacher_file} --out {tmp_path}/run", capfd)
 

@@ -8,7 +8,7 @@ import zipfile
 import pytest
 import torch
 import torchvision
-from conftest import ROOT, error_lines, run
+from conftest import ROOT, error_lines, refused, run
 from PIL import Image
 
 import common
@@ -108,3 +108,100 @@ def test_labels_are_those_that_a_target_transform_gives():
     dataset = torchvision.datasets.FakeData(6, (3, 8, 8), 2, target_transform=lambda label: 1 - label)
     dataset.targets = [int(torchvision.datasets.FakeData(6, (3, 8, 8), 2)[i][1]) for i in range(6)]
     assert common.labels_of(dataset).tolist() == [1 - label for label in dataset.targets]
+
+
+class Levels:
+    """Images whose level is ten times their label, with whatever attributes a user's set may have."""
+
+    def __init__(self, answers, **attributes):
+        self.answers, self.classes = answers, ["ant", "bee", "cow"]
+        vars(self).update(attributes)
+
+    def __len__(self):
+        return len(self.answers)
+
+    def __getitem__(self, index):
+        image = torch.full((3, 8, 8), 10 * self.answers[index], dtype=torch.uint8)
+        return image, getattr(self, "label", self.answers[index])
+
+
+CPU = torch.device("cpu")
+LABELS = [0, 1, 2] * 4
+
+
+def batch_of(dataset):
+    """Mean level of each image of the first batch, as normalised, and its labels."""
+    (((images,), labels),) = common.Loader(dataset, [common.View(8)], len(dataset), 0, 0, CPU).batches(range(1))
+    mean, std = torch.tensor(common.mean_std_of(dataset))[..., None, None]
+    return ((images * std + mean) * 25.5).mean(dim=(1, 2, 3)).round(), labels
+
+
+def test_files_that_a_data_set_opens_are_not_shared_with_workers(zips, zip_file):
+    """Workers would move each other's place in the file and read images of other names."""
+    dataset = common.load_dataset(str(zip_file), None, "train", CPU)
+    described = common.describe_content(dataset)
+    assert (common.labels_of(dataset) < 0).sum() == 1 and dataset.file is None
+    dataset[0]  # an open file cannot be copied
+    assert common.describe_content(dataset) == described
+
+
+def test_labels_are_those_that_are_returned():
+    """Whatever `labels` and `targets` say; also of a part, and of a part whose labels are replaced."""
+    wrong, short = Levels(LABELS, labels=[2] * 12), Levels(LABELS, targets=[1])
+    assert [common.labels_of(dataset).tolist() for dataset in (wrong, short)] == [LABELS] * 2
+    part = common.subsample_per_class(wrong, 0.5, seed=0)
+    levels, labels = batch_of(part)
+    assert len(part) == 6 and torch.equal(levels, labels.float())
+    part.labels = 2 - common.labels_of(part)
+    levels, labels = batch_of(part)
+    assert torch.equal(2 - levels, labels.float())
+
+
+def test_images_without_a_label_are_no_unreadable_images():
+    dataset = Levels(LABELS, label=None)
+    common.UNREADABLE.clear()
+    levels, labels = batch_of(dataset)
+    assert set(labels.tolist()) == {-1} and set(levels.tolist()) == {0, 1, 2} and not common.UNREADABLE
+
+
+def test_a_part_keeps_normalisation_and_the_place_in_memory():
+    """Training and validation images would else be prepared in two ways."""
+    mean_std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+    assert common.mean_std_of(common.subset(Levels(LABELS, mean_std=mean_std), torch.arange(3).numpy())) == mean_std
+    images = torch.stack([Levels(LABELS)[i][0] for i in range(12)])
+    dataset = Levels(LABELS, images=images, labels=torch.tensor(LABELS, dtype=torch.int32), mean_std=mean_std)
+    part = common.subsample_per_class(dataset, 0.5, seed=0)
+    assert common.in_memory(part) and len(part.images) == 6 and common.mean_std_of(part) == mean_std
+    assert batch_of(dataset)[1].dtype == torch.long  # as cross_entropy needs them
+    assert not common.in_memory(Levels(LABELS, images=images / 255, labels=torch.tensor(LABELS)))
+
+
+def test_labels_belong_to_the_identity():
+    assert common.describe_content(Levels(LABELS)) == common.describe_content(Levels(LABELS))
+    others = Levels(LABELS, labels=[0]), Levels(LABELS, labels=[1]), Levels(LABELS, label=0)
+    assert len({common.describe_content(dataset) for dataset in (Levels(LABELS), *others)}) == 4
+
+
+def test_images_that_differ_each_time_are_said_and_can_be_resumed(capfd):
+    class Noise(Levels):
+        def __getitem__(self, index):
+            return torch.randint(256, (3, 8, 8), dtype=torch.uint8), 0
+
+    common.say.cache_clear()
+    assert common.describe_content(Noise(LABELS)) == common.describe_content(Noise(LABELS)) == "12 images of 3 classes"
+    assert "images differ when they are read again" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "dataset, message",
+    [
+        (Levels([1, 2, 3] * 4), "a label is 3: those of 3 classes begin at 0"),
+        (Levels(LABELS), "Levels has no `classes`"),
+    ],
+)
+def test_a_mistake_in_a_data_set_is_one_line(dataset, message, monkeypatch, teacher_file, tmp_path, capfd):
+    if "classes`" in message:
+        del dataset.classes
+    monkeypatch.setattr(common, "load_dataset", lambda *args: dataset)
+    line = f"linear_eval.py --data own --weights {teacher_file} --batch-size 4 --knn 2 --workers 0 --out {tmp_path}/run"
+    assert message in refused(line, capfd)

@@ -588,17 +588,22 @@ def test_one_image_for_each_process_is_too_few_for_batchnorm(tmp_path, capfd):
     assert "raise --batch-size" in refused(f"{line} --out {tmp_path}/run", capfd)
 
 
-@pytest.mark.parametrize("error", [
-    OSError(24, "Too many open files"), RuntimeError("unable to open shared memory object: Too many open files (24)"),
-    RuntimeError("received 0 items of ancdata"),
+@pytest.mark.parametrize("error, advice", [
+    (OSError(24, "Too many open files"), "ulimit -n"),
+    (RuntimeError("unable to open shared memory object: Too many open files (24)"), "ulimit -n"),
+    (RuntimeError("received 0 items of ancdata"), "ulimit -n"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."), "lower --batch-size"),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "lower --batch-size"),
+    (RuntimeError("InvalidCxxCompiler: No working C++ compiler found in torch._inductor"), "leave out --compile"),
+    (RuntimeError("Failed to find C compiler. Please specify via CC environment variable"), "leave out --compile"),
 ])  # fmt: skip
-def test_too_few_file_descriptors_are_one_line(error, capfd):
+def test_known_errors_of_libraries_are_one_line(error, advice, capfd):
     def main():
         raise error
 
     with pytest.raises(SystemExit) as stop:
         common.run_script(main)
-    assert stop.value.code == 2 and "ulimit -n" in capfd.readouterr().err
+    assert stop.value.code == 2 and advice in capfd.readouterr().err
 
 
 def test_an_error_in_a_worker_keeps_its_traceback(capfd):
