@@ -1060,23 +1060,26 @@ FILE_FORMATS = (
     FileFormat("SwAV, DeepCluster-v2, SeLa-v2", r"projection_head\.(\d|weight)", "", "projection_head.", "prototypes."),
     FileFormat("MoCo v3", r"base_encoder\.(fc|head)\.", "base_encoder.", "base_encoder.(fc|head)."),
     FileFormat("DINO, iBOT, DINOv2", r"(dino_)?head\.mlp\.", "backbone.", "(dino_)?head.mlp.", activation=nn.GELU),
-    FileFormat("SimCLR", r"backbone\.fc\.0\.", "backbone.", "backbone.fc."),
+    FileFormat("SimCLR, SimSiam", r"fc\.0\.", "", "fc."),
     FileFormat("bare and labelled networks of torchvision, timm, Hugging Face, CRD, SSKD, or a backbone.pth", "", ""),
 )  # fmt: skip
 # What wraps a state dict, the best first: averaged weights, and of DINO's two networks the teacher
-WRAPPERS = ("state_dict_ema", "ema_state_dict", "model_ema", "ema", "teacher", "state_dict", "model_state_dict",
-            "model", "net", "network", "module")  # fmt: skip
+WRAPPERS = ("state_dict_ema", "ema_state_dict", "model_ema", "ema", "params_ema", "teacher", "target_encoder",
+            "state_dict", "model_state_dict", "model_state", "model", "net", "network", "module", "encoder", "backbone",
+            "student", "params", "weights", "classy_state_dict", "base_model", "trunk")  # fmt: skip
 
 # How a backbone's keys become torchvision's, row by row. It is of the first kind whose recognised_by is one of them;
-# what is in front of that is left out. config: the only values that config.json may have.
+# what is in front of that is left out. config: patterns of the only values that config.json may have.
 KeyTable = namedtuple("KeyTable", "recognised_by config rows", defaults=({}, ()))
-TRANSFORMER = KeyTable(r"(embeddings\.)?cls_token|class_token", {"hidden_act": "gelu"}, (  # DINO to DINOv2, timm, HF
+TRANSFORMER = KeyTable(r"(embeddings\.)?cls_token|class_token",  # DINO to DINOv2, timm, HF
+                       {"hidden_act": "gelu", "act_layer": "gelu", "global_pool": "token"}, (
     (r"^embeddings\.(patch_embed)dings\.", r"\1."), (r"^embeddings\.", ""),
     (r"^cls_token$", "class_token"), (r"^reg_token$", "register_tokens"),
     (r"^(pos_embed|position_embeddings)$", "encoder.pos_embedding"),
     (r"^patch_embed\.proj(ection)?\.(weight|bias)$", r"conv_proj.\2"),
     (r"^(blocks|encoder\.layer|layers)\.(\d+\.)?(\d+)\.", r"encoder.layers.encoder_layer_\3."),  # DINOv2: in chunks
-    (r"\.(ls|layer_scale)1\.\w+$", ".attn.proj.scale"), (r"\.(ls|layer_scale)2\.\w+$", ".mlp.fc2.scale"),
+    (r"\.((ls|layer_scale)1\.\w+|gamma_1)$", ".attn.proj.scale"),
+    (r"\.((ls|layer_scale)2\.\w+|gamma_2)$", ".mlp.fc2.scale"),
     (r"\.(norm1|ln1|layernorm_before)\.", ".ln_1."), (r"\.(norm2|ln2|layernorm_after)\.", ".ln_2."),
     (r"\.attn\.qkv\.", ".self_attention.in_proj_"),
     (r"\.attention\.(?:attention\.)?([qkv])(?:_proj|uery|ey|alue)\.(.*)", r".self_attention.in_proj_\2.\1"),
@@ -1086,7 +1089,8 @@ TRANSFORMER = KeyTable(r"(embeddings\.)?cls_token|class_token", {"hidden_act": "
     (r"^(norm|ln1|layernorm)\.", "encoder.ln."), (r"^(head|classifier)\.(weight|bias)$", r"heads.head.\2"),
 ))  # fmt: skip
 CONVNEXT = KeyTable(r"stages\.0\.blocks\.0\.conv_dw\.weight|embeddings\.patch_embeddings\.weight|(model\.)?stages\.0\."
-                    r"downsample_layers\.0\.weight|downsample_layers\.0\.0\.weight", {"hidden_act": "gelu"}, (
+                    r"downsample_layers\.0\.weight|downsample_layers\.0\.0\.weight",
+                    {"hidden_act": "gelu", "act_layer": "gelu", "global_pool": "avg", "output_stride": "32"}, (
     (r"^((model|encoder)\.|norms\..*)", ""),
     (r"^embeddings\.patch_embeddings\.", "stem.0."), (r"^embeddings\.layernorm\.", "stem.1."),
     (r"^(stem|downsample_layers\.0|stages\.0\.downsample_layers)\.", "features.0."),
@@ -1096,18 +1100,28 @@ CONVNEXT = KeyTable(r"stages\.0\.blocks\.0\.conv_dw\.weight|embeddings\.patch_em
     (r"\.block\.(conv_dw|dwconv|depthwise_conv)\.", ".block.0."),
     (r"\.block\.(norm|layernorm|layer_norm)\.", ".block.2."),
     (r"\.block\.(mlp\.fc|pwconv|pointwise_conv)([12])\.", lambda m: f".block.{2 * int(m[2]) + 1}."),
-    (r"^(head\.norm|norm|layernorm|layer_norm)\.", "classifier.0."),
+    (r"^(head\.norm|norm3?|layernorm|layer_norm)\.", "classifier.0."),
     (r"^(head\.fc|head|classifier)\.(weight|bias)$", r"classifier.2.\2"),
 ))  # fmt: skip
-RESNET = KeyTable(r"embedder\.embedder\.convolution\.weight|4\.0\.conv1\.weight",  # Hugging Face; layers by number
-                  {"hidden_act": "relu", "downsample_in_bottleneck": False, "downsample_in_first_stage": False}, (
+TIMM = {"act_layer": "relu", "global_pool": "avg", "output_stride": "32", **dict.fromkeys(
+    ("architecture", "arch"), "(?!resnet(aa|blur)|vit|deit).*")}  # fmt: skip
+RESNET = KeyTable(  # Hugging Face; layers by number; those with shortcuts are of kuangliu's, CRD's ResNet50 among them
+    r"embedder\.embedder\.convolution\.weight|7\.0\.conv1\.weight|layer2\.0\.shortcut\.0\.weight",
+    {**TIMM, "hidden_act": "relu", "downsample_in_bottleneck": "False", "downsample_in_first_stage": "False"}, (
     (r"^(0|embedder\.embedder\.convolution)\.", "conv1."), (r"^(1|embedder\.embedder\.normalization)\.", "bn1."),
     (r"^([4-7])\.", lambda m: f"layer{int(m[1]) - 3}."),
     (r"^encoder\.stages\.(\d)\.layers\.", lambda m: f"layer{int(m[1]) + 1}."),
     (r"\.layer\.(\d)\.(conv)?\w+\.", lambda m: f".{m[2] or 'bn'}{int(m[1]) + 1}."), (r"^classifier\.1\.", "fc."),
-    (r"\.shortcut\.convolution\.", ".downsample.0."), (r"\.shortcut\.normalization\.", ".downsample.1."),
+    (r"\.shortcut\.(0|convolution)\.", ".downsample.0."), (r"\.shortcut\.(1|normalization)\.", ".downsample.1."),
+    (r"^linear\.", "fc."),
 ))  # fmt: skip
-KEY_TABLES = TRANSFORMER, CONVNEXT, RESNET, KeyTable(r"(conv1|features|stem|block0)(\.conv0|\.0)*\.weight")
+PLAIN = KeyTable(r"(conv1|features|stem|block0)(\.conv0|\.0)*\.weight", TIMM, (
+    (r"(denselayer\d+\.(?:norm|conv))\.(?=\d\.)", r"\1"), (r"^fc\.1\.", "fc."),  # old files; behind a dropout
+))  # fmt: skip
+KEY_TABLES = TRANSFORMER, CONVNEXT, RESNET, PLAIN
+# Parts of config.json that describe a network, too
+CONFIG_PARTS = ("model_args", "pretrained_cfg", "default_cfg", "vision_config", "backbone_config", "image_config",
+                "encoder")  # fmt: skip
 SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
                "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
                "BOOL": torch.bool}  # fmt: skip
@@ -1130,6 +1144,8 @@ def load_file(path, whole=False):
     The content tells which it is. whole: check all bytes before.
     """
     start = b""
+    if re.search(r"-\d{5}-of-\d{5}\.", str(path)):
+        raise UserError(f"{path} is one of several parts: join them with save_pretrained(max_shard_size='99GB')")
     try:
         with open(path, "rb") as file:
             start = file.read(50)
@@ -1159,7 +1175,8 @@ def load_safetensors(content):
     start, state = 8 + int.from_bytes(content[:8], "little"), {}
     try:
         header, data = json.loads(content[8:start]), torch.frombuffer(content, dtype=torch.uint8)[start:]
-        for key in header.keys() - {"__metadata__"}:
+        header.pop("__metadata__", None)
+        for key in header:
             part = data[slice(*header[key]["data_offsets"])].clone()  # shorter than its shape where the file ends
             state[key] = part.view(SAFETENSORS[header[key]["dtype"]]).view(header[key]["shape"])
         return state
@@ -1198,16 +1215,18 @@ def load_backbone(path, arch, image_size=None, mean_std=None):
     state, head, classifier = parts["backbone"], parts["head"], parts["classifier"]
     beside = {}
     for name in ("config.json", "preprocessor_config.json"):  # of our runs, timm and Hugging Face
-        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
-            content = json.loads(Path(file).with_name(name).read_text())
-            beside |= content | content.get("model_args", {}) | content.get("pretrained_cfg", {})
-    beside |= {key: checkpoint[key] for key in ("image_size", "mean_std") if key in checkpoint}
-    for key, value in table.config.items():
-        if beside.get(key, value) != value:
-            raise UserError(f"{path} has {key} {beside[key]} in config.json, where {value} is known here: {EXPORT}")
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            content = json.loads(Path(file).with_name(name).read_text(encoding="utf-8-sig"))
+            for part in (content, *map(content.get, CONFIG_PARTS)):
+                beside |= part if isinstance(part, dict) else {}
+    beside |= {key: checkpoint[key] for key in ("image_size", "mean_std", "arch") if key in checkpoint}
+    for key in table.config.keys() & beside.keys():
+        if not re.fullmatch(table.config[key], str(beside[key])):
+            raise UserError(f"{path} is of {key} {beside[key]}, which is not known here: {EXPORT}")
     if not arch and checkpoint.get("arch") in NETWORK_NAMES:
         arch = checkpoint["arch"]
-    data = (beside.get("arguments") or {}).get("data")  # of runs that kept no mean_std
+    arguments = beside.get("arguments")
+    data = arguments.get("data") if isinstance(arguments, dict) else None  # of runs that kept no mean_std
     if table is TRANSFORMER and (not arch or arch.startswith("vit_")):
         name, backbone, state = build_transformer(path, state, beside, image_size, file_format.written_by == "MoCo v3")
     else:
@@ -1238,14 +1257,15 @@ def describe(path, what, backbone, beside, given=None, usual=IMAGENET_MEAN_STD):
     The numbers are `given`, two or six, or those of the files beside it, or the usual ones.
     """
     pairs = [(beside.get(f"{kind}mean"), beside.get(f"{kind}std")) for kind in ("image_", "")]
-    numbers = next(found for found in (given, beside.get("mean_std"), *pairs, usual) if found and None not in found)
+    plain = ((0.0,) * 3, (1.0,) * 3) if beside.get("do_normalize") is False else None
+    numbers = next(x for x in (given, beside.get("mean_std"), plain, *pairs, usual) if x and None not in x)
     try:
         mean, std = np.broadcast_to(np.array(numbers, float).reshape(2, -1), (2, 3)).tolist()
-        if not 0 < min(std) <= max(std) < math.inf or not np.isfinite(mean).all():
+        if not 0 < min(std) <= max(std) < math.inf or not 0 <= min(mean) <= max(mean) <= 1:
             raise ValueError
     except (ValueError, TypeError):
-        raise UserError(f"{path}: {numbers} cannot normalise images: pass --teacher-mean-std with the means of red, "
-                        "green and blue and the deviations, or one of each") from None  # fmt: skip
+        raise UserError(f"{path}: {numbers} cannot normalise images in [0, 1]: pass --teacher-mean-std with the means "
+                        "of red, green and blue and the deviations, or one of each") from None  # fmt: skip
     origin = "--teacher-mean-std" if given else "assumed" if numbers is usual else "read"
     digits = " / ".join(" ".join(f"{value:.4g}" for value in values) for values in (mean, std))
     line = f"{path}: {what}, features of {backbone.feature_dim}, images normalised by {digits} ({origin})"
@@ -1266,14 +1286,20 @@ def split_state(path, checkpoint):
     """A file's format, its backbone's table, {"backbone", "head", "classifier": state dict}, and where they were."""
     state = checkpoint if isinstance(checkpoint, dict) else {}
     places, parts = [], {}
-    while wrapper := next((name for name in WRAPPERS if isinstance(state.get(name), dict)), None):
+
+    def holds_weights(part):
+        kinds = part.items() if isinstance(part, dict) else ()
+        return any(isinstance(x, torch.Tensor) or (name in WRAPPERS and holds_weights(x)) for name, x in kinds)
+
+    while wrapper := next((name for name in WRAPPERS if holds_weights(state.get(name))), None):
         state = state[wrapper]
         places.append(wrapper)
     state = {str(key): value for key, value in state.items() if isinstance(value, torch.Tensor) and key != "n_averaged"}
     if not state:
         raise UserError(f"{path} holds no network's weights")
-    # DataParallel and torch.compile put these anywhere in front of a key, several times
-    state = {re.sub(r"(^|\.)((module|_orig_mod)\.)+", r"\1", key): value for key, value in state.items()}
+    # DataParallel, torch.compile and FSDP put these anywhere in front of a key, several times
+    added = r"(^|\.)((module|_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.)+"
+    state = {re.sub(added, r"\1", key): value for key, value in state.items()}
     state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
     file_format, outer = recognise(FILE_FORMATS, state)
     for part in ("head", "classifier", "backbone"):  # in this order: the backbone's prefix may begin the others, too
@@ -1285,7 +1311,8 @@ def split_state(path, checkpoint):
     for key, value in parts["backbone"].items():
         label = re.fullmatch(r"(|.*\.)(classifier|head|fc)(\.1|\.fc)?\.(weight|bias)", key)
         if label and not key.startswith(prefix) and prefix.startswith(label[1]):  # a classifier beside the backbone
-            parts["classifier"][label[4]] = value
+            whole = sum(other.startswith(f"{label[1]}{label[2]}.") for other in parts["backbone"]) <= 2
+            parts["classifier"] |= {label[4]: value} if whole else {}
         if key.startswith(prefix):
             key = key.removeprefix(prefix)
             for pattern, name in table.rows:
@@ -1334,7 +1361,7 @@ def build_transformer(path, state, beside, image_size=None, moco_v3=False):
     """A name, torchvision's VisionTransformer on the meta device for a state dict of any origin, and the dict for it.
 
     LayerScale (DINOv2) is multiplied into the layer before it; registers become class tokens without a position.
-    Positions are interpolated where image_size is not the file's, as the code does that the file is from.
+    Positions are interpolated where image_size is not the file's, as DINO, DINOv2, timm or Hugging Face do.
     """
     state = {key: value for key, value in state.items() if not key.startswith(("mask", "decoder", "pooler"))}
     split = [key.removesuffix(".q") for key in state if key.endswith(".q")]  # Hugging Face's queries, keys and values
@@ -1349,6 +1376,8 @@ def build_transformer(path, state, beside, image_size=None, moco_v3=False):
             state[key] = torch.cat([state.pop(f"{key}.{part}") for part in "qkv"])
         hidden = len(state["encoder.layers.encoder_layer_0.mlp.0.weight"])
         known = beside.get("num_attention_heads") or beside.get("num_heads")
+        if beside.get("hidden_size") not in (None, width):
+            raise UserError(f"{path} has {width} dimensions, config.json beside it {beside['hidden_size']}: move one")
         heads = known or {1280: 16, 1408: 16, 1664: 16, 384: 12 if moco_v3 else 6}.get(width, max(1, width // 64))
         if width % heads:
             raise ValueError(f"{heads} heads of {width} dimensions")
@@ -1435,11 +1464,11 @@ def infer_arch(path, state, arch=None):
     counts = count, count + (1000 - classes) * width
     near = sorted(PARAMETERS, key=lambda name: min(abs(PARAMETERS[name] - n) for n in counts))[:12]
     regnet = any("trunk_" in key for key in state)
-    kernel = min((state[key].shape[-1] for key in state if re.fullmatch(KEY_TABLES[-1].recognised_by, key)), default=7)
+    kernel = min((state[key].shape[-1] for key in state if re.fullmatch(PLAIN.recognised_by, key)), default=7)
     size = 32 if "conv1.weight" in state and kernel == 3 else 224
     trials = [(name, size) for name in near if ("regnet" in name) == regnet]
     trials += [(name, 32) for name in CIFAR_NETWORKS if kernel <= 3]
-    crd = any(re.match(r"block0\.0\.|blocks\.0\.|linear\.|layer1\.0\.shortcut", key) for key in state)
+    crd = any(re.match(r"block0\.0\.|blocks\.0\.|linear\.", key) for key in state)
     best = -1
     for name, image_size in [(arch, size), (arch, 32)] if arch else trials:
         with torch.device("cpu" if "regnet" in name else "meta"):  # RegNets compute their widths with real tensors
@@ -1447,8 +1476,10 @@ def infer_arch(path, state, arch=None):
         expected = {key: value.shape for key, value in backbone.state_dict().items()}
         renamed = state
         classifier = [f"{backbone.classifier_name}.weight", f"{backbone.classifier_name}.bias"]
-        if crd and len(state) - len(expected) in (0, 2) and not expected.keys() <= state.keys():
-            renamed = dict(zip([*expected, *classifier], state.values(), strict=False))
+        pairs = list(zip([*expected, *classifier], state, strict=False))
+        kinds = all(ours.rpartition(".")[2] == key.rpartition(".")[2] for ours, key in pairs)  # weight, bias, ...
+        if crd and kinds and len(state) - len(expected) in (0, 2) and not expected.keys() <= state.keys():
+            renamed = {ours: state[key] for ours, key in pairs}
         shapes = {key: value.shape for key, value in renamed.items() if key not in classifier}
         same = len(expected.items() & shapes.items()) / max(len(expected), len(shapes))
         if same > best:

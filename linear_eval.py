@@ -262,6 +262,7 @@ def train_classifiers(run, of, encoder, batches, val, val_features, options):
     rates = [group["lr"] for group in groups]
     optimizer = common.sgd(groups, args.lr[0], args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=args.finetune and args.amp == "fp16")
+    run.metadata = {"image_size": options[0], "mean_std": encoder.mean_std}
     run.start_or_resume(model, optimizer, scaler, of=of)
     run.name_unreadable()
     # Every process trains a probe on the whole batch: cheaper than to exchange its gradients

@@ -145,7 +145,7 @@ def load_classifier(path, arch=None, num_classes=None, image_size=None, mean_std
     if str(path).endswith(".pt2"):
         raise common.UserError(f"{path} is a program and has no linear classifier: {needed}")
     backbone, _, state, about = common.load_backbone(path, arch, image_size, mean_std)
-    if state.keys() != {"weight", "bias"} or state["weight"].shape[1] != backbone.feature_dim:
+    if state.keys() != {"weight", "bias"} or state["weight"].shape[1:] != (backbone.feature_dim,):
         raise common.UserError(f"{path} holds no linear classifier of its features: {needed}")
     classifier = common.build_head(path, state)
     if num_classes not in (None, classifier.out_features):

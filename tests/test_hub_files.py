@@ -195,6 +195,12 @@ def test_positions_are_interpolated_as_the_code_of_the_files_origin_does(tmp_pat
 CONFIGS = {
     "heads": ("hf_vit_google", {"num_attention_heads": 6}, lambda network: network.encoder.layers[0].num_heads, 6),
     "timm's heads": ("timm_dinov2_reg4", {"num_heads": 12}, lambda network: network.encoder.layers[0].num_heads, 12),
+    "heads of a part": (
+        "hf_vit_google",
+        {"vision_config": {"num_attention_heads": 6}},
+        lambda network: network.encoder.layers[0].num_heads,
+        6,
+    ),
     "epsilon": ("hf_vit_google", {"layer_norm_eps": 1e-3}, lambda network: network.encoder.ln.eps, 1e-3),
     "epsilon of ViT": ("hf_vit_google", {}, lambda network: network.encoder.layers[0].ln_1.eps, 1e-12),
     "epsilon of MSN": ("hf_vit_google", {"model_type": "vit_msn"}, lambda network: network.encoder.ln.eps, 1e-6),
@@ -217,6 +223,13 @@ REFUSED_CONFIGS = {
         {"downsample_in_bottleneck": True},
         ["downsample_in_bottleneck", ".pt2"],
     ),
+    "timm's activation": ("timm_dinov2_reg4", {"model_args": {"act_layer": "relu"}}, ["act_layer relu", ".pt2"]),
+    "timm's pooling": ("timm_dinov2_reg4", {"global_pool": "avg"}, ["global_pool avg", ".pt2"]),
+    "timm's pooling of a ConvNeXt": ("timm_convnext_tiny", {"global_pool": "max"}, ["global_pool max", ".pt2"]),
+    "timm's blur": ("hf_resnet50", {"architecture": "resnetblur50"}, ["architecture resnetblur50", ".pt2"]),
+    "another network's": ("hf_resnet50", {"architecture": "vit_base_patch16_224"}, ["architecture vit_base", ".pt2"]),
+    "another width": ("hf_vit_google", {"hidden_size": 768}, ["192 dimensions", "768"]),
+    "numbers of bytes": ("hf_vit_google", {"image_mean": [123.0] * 3, "image_std": [58.0] * 3}, ["in [0, 1]"]),
     "heads that do not divide": ("hf_vit_google", {"num_attention_heads": 5}, ["5 heads of 192", ".pt2"]),
     "no deviation": ("hf_vit_google", {"image_std": [0.5, 0.5, 0]}, ["hub: ", "--teacher-mean-std"]),
 }
@@ -230,7 +243,74 @@ def test_a_config_json_of_a_network_that_is_not_known_here_is_refused(case, tmp_
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value), error.value
 
 
+def test_a_file_that_names_another_network_is_refused(tmp_path):
+    """timm's trainer keeps the name."""
+    torch.save({"arch": "resnetblur18", "state_dict": small_resnet().state_dict()}, tmp_path / "file.pth")
+    with pytest.raises(common.UserError, match="arch resnetblur18"):
+        common.load_teacher(tmp_path / "file.pth")
+
+
+def test_torchvisions_old_names_of_densenet_are_read(tmp_path):
+    network = torchvision.models.densenet121(num_classes=10).eval()
+    state = {re.sub(r"(denselayer\d+\.(norm|conv))", r"\1.", key): value for key, value in network.state_dict().items()}
+    assert "features.denseblock1.denselayer1.norm.1.weight" in state
+    torch.save(state, tmp_path / "file.pth")
+    images = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(sskd.load_classifier(tmp_path / "file.pth")(images), network(images))
+
+
+def test_deit_iii_of_its_authors_is_read(tmp_path):
+    network, images = golden_state("timm_dinov2_reg4"), torch.randn(1, 3, 56, 56)
+    state = {re.sub(r"ls(\d)\.gamma", r"gamma_\1", key): value for key, value in network.items()}
+    assert "blocks.0.gamma_2" in state
+    torch.save({"model": state}, tmp_path / "authors.pth")
+    torch.save({"model": network}, tmp_path / "timm.pth")
+    authors, timm = (common.load_teacher(tmp_path / f"{name}.pth", image_size=56) for name in ("authors", "timm"))
+    assert torch.equal(authors(images), timm(images))
+
+
+def test_simsiams_projector_is_its_head(tmp_path):
+    """MoCo's layout without a queue: `encoder.fc` is an MLP, the last BatchNorm of which has no weights."""
+    network, images = small_resnet(), torch.randn(3, 3, 64, 64)
+    norm = nn.BatchNorm1d(8, affine=False)
+    network.fc = nn.Sequential(nn.Linear(512, 16, bias=False), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 8), norm)
+    norm.running_var.fill_(0.1)
+    state = prefixed("module.encoder.", network.eval().state_dict()) | {"module.predictor.0.weight": torch.zeros(4, 8)}
+    torch.save({"arch": "resnet18", "state_dict": state}, tmp_path / "file.pth")
+    torch.testing.assert_close(common.load_teacher(tmp_path / "file.pth")(images), network(images))
+
+
+@pytest.mark.parametrize("last", ["0", "1"])
+def test_a_part_of_a_head_is_no_classifier(last, tmp_path):
+    """MAE's linear probe has BatchNorm before it."""
+    state = prefixed("backbone.", without_fc(small_resnet()))
+    state |= prefixed(f"head.{last}.", {"weight": torch.ones(512), "bias": torch.ones(512)})
+    if last == "0":
+        state |= {
+            "head.0.running_mean": torch.ones(512),
+            "head.1.weight": torch.ones(7, 512),
+            "head.1.bias": torch.ones(7),
+        }
+    torch.save(state, tmp_path / "file.pth")
+    with pytest.raises(common.UserError, match="holds no linear classifier"):
+        sskd.load_classifier(tmp_path / "file.pth")
+
+
 # -------------------------------------------------------------------------------------------------------- Normalisation
+
+
+@pytest.mark.parametrize("part", ["model_args", "default_cfg"])
+def test_an_empty_part_of_config_json_hides_no_other(part, tmp_path):
+    """transformers writes it for networks of timm."""
+    torch.save(small_resnet().state_dict(), tmp_path / "pytorch_model.bin")
+    config = {part: None, "pretrained_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}, "arguments": []}
+    (tmp_path / "config.json").write_text("\ufeff" + json.dumps(config))
+    assert common.load_teacher(tmp_path).mean_std == HALF
+
+
+def test_a_network_whose_images_are_not_normalised(tmp_path):
+    folder = hub_folder("hf_vit_google", tmp_path / "hub", do_normalize=False)
+    assert common.load_teacher(folder).mean_std == ((0, 0, 0), (1, 1, 1))
 
 
 def test_images_are_converted_to_the_numbers_of_the_network_and_left_alone_where_they_are_equal(tmp_path):
@@ -298,6 +378,12 @@ def by_number(state):
     return {re.sub(r"^\w+", lambda m: numbers[m[0]], key): value for key, value in state.items()}
 
 
+def shortcuts(state):
+    """Keys of a ResNet in kuangliu's code."""
+    names = {".downsample.": ".shortcut.", "fc.": "linear."}
+    return {re.sub(r"\.downsample\.|^fc\.", lambda m: names[m[0]], key): value for key, value in state.items()}
+
+
 def wrapped(bare, full):
     """{case: (content, part of the description)} of what trainers wrap a ResNet in."""
     other = zeros(bare)
@@ -349,6 +435,18 @@ def wrapped(bare, full):
         "net": ({"net": full, "acc": 93.1}, "of net,"),
         "network": ({"network": full}, "of network,"),
         "numpy's numbers": ({"model": full, "acc": np.float64(93.1), "epoch": np.int64(3)}, "of model,"),
+        "FSDP": ({key.replace("1.0.", "1.0._fsdp_wrapped_module."): full[key] for key in full}, "resnet18, no head"),
+        "an average that holds no weights": ({"model": full, "ema": {"decay": 0.9, "shadow": [1]}}, "of model,"),
+        "a name of a teacher": ({"model": full, "teacher": {"name": "dino"}}, "of model,"),
+        "MSN's authors": ({"encoder": zeros(bare), "target_encoder": bare, "opt": {}}, "of target_encoder,"),
+        "VISSL": (
+            {"classy_state_dict": {"base_model": {"model": {"trunk": prefixed("_feature_blocks.", bare)}}}},
+            "trunk._feature_blocks,",
+        ),
+        "kuangliu's names": ({"net": shortcuts(full)}, "of net,"),
+        "kuangliu's in another order": (dict(sorted(shortcuts(full).items())), "resnet18, no head"),
+        "SupContrast": ({"model": prefixed("encoder.", shortcuts(bare)) | prefixed("head.", head)}, "model.encoder,"),
+        "a classifier behind a dropout": (prefixed("fc.1.", {"weight": full["fc.weight"]}) | bare, "resnet18, no head"),
         "a Sequential with a classifier": (prefixed("0.", bare) | {"1.weight": torch.zeros(8, 512)}, "of 0,"),
     }
 
@@ -433,6 +531,16 @@ MISTAKES = {
     ),
     "text": (lambda path: path.write_text("<html>404</html>"), ["neither"]),
     "a folder": (lambda path: path.mkdir(), ["is a folder without model.safetensors", "save_pretrained"]),
+    "lightly's ResNet without a ReLU": (
+        lambda path: torch.save(
+            {
+                re.sub(r"^\w+", lambda m: {"conv1": "0", "bn1": "1"}.get(m[0], str(int(m[0][-1]) + 1)), key): value
+                for key, value in without_fc(small_resnet()).items()
+            },
+            path,
+        ),
+        ["fits no network", ".pt2"],
+    ),
     "weights that are not numbers": (lambda path: not_finite(path, torch.nan), ["not finite (layer1.0.conv1.weight)"]),
     "infinite weights": (lambda path: not_finite(path, -torch.inf), ["not finite (layer1.0.conv1.weight)"]),
     "a VGG of five poolings": (lambda path: torch.save({"net": Vgg("D").state_dict()}, path), ["file", ".pt2"]),
@@ -460,6 +568,12 @@ MISTAKES = {
         ["conv1.0.weight", ".pt2"],
     ),
 }
+
+
+def test_one_of_several_parts_is_named(tmp_path):
+    write_safetensors(small_resnet().state_dict(), path := tmp_path / "model-00001-of-00002.safetensors")
+    with pytest.raises(common.UserError, match="one of several parts: join them"):
+        common.load_teacher(path)
 
 
 @pytest.mark.parametrize("case", MISTAKES)
