@@ -535,7 +535,7 @@ MISTAKES = {
         lambda path: torch.save(
             {
                 re.sub(r"^\w+", lambda m: {"conv1": "0", "bn1": "1"}.get(m[0], str(int(m[0][-1]) + 1)), key): value
-                for key, value in without_fc(small_resnet()).items()
+                for key, value in shortcuts(without_fc(small_resnet())).items()
             },
             path,
         ),
