@@ -261,10 +261,12 @@ def in_memory(dataset):
 
 
 def separate(dataset):
-    """A copy of one's own data set to read from: workers cannot share the files that it opens at its first image."""
-    if not in_memory(dataset) and not isinstance(dataset, FolderDataset):
-        with contextlib.suppress(Exception):  # files that are open already cannot be copied
-            return copy.deepcopy(dataset)
+    """A copy of a data set to read from: workers cannot share the files that one's own opens at its first image."""
+    dataset = copy.copy(dataset)
+    if hasattr(dataset, "dataset"):  # of a Part, or of torch's Subset
+        dataset.dataset = separate(dataset.dataset)
+    if hasattr(dataset, "datasets"):  # of torch's ConcatDataset
+        dataset.datasets = list(map(separate, dataset.datasets))
     return dataset
 
 
