@@ -66,7 +66,8 @@ SMALL_SETS = {"cifar10": 32, "cifar100": 32, "stl10": 96, "fashion_mnist": 32, "
 IMAGENET_MEAN_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of red, green and blue
 CIFAR_MEAN_STD = (0.5071, 0.4866, 0.4409), (0.2675, 0.2565, 0.2761)
 # Entries whose names begin so are the system's, not data
-HIDDEN = (".", "__MACOSX", "@eaDir", "@__thumb", "lost+found", "#recycle", "$RECYCLE.BIN", "System Volume")
+HIDDEN = (".", "__MACOSX", "@eaDir", "@__thumb", "@Rec", "#recycle", "#snapshot", "~snapshot", "$R", "lost+found",
+          "System Volume")  # fmt: skip
 
 
 class ArrayDataset:
@@ -243,6 +244,8 @@ def load_labelled(data, data_root, device, image_size=32):
         differ = set(class_names(train)) ^ set(class_names(val))
         how = f"different classes, for one {min(differ)}" if differ else "the same classes in another order"
         raise UserError(f"train and val of {data or 'data/imagenet'} hold {how}")
+    if mean_std_of(train) != mean_std_of(val):
+        raise UserError(f"train and val of {data} differ in `mean_std`: a network gets its images in one way")
     return train, val
 
 
@@ -305,11 +308,13 @@ def subsample_per_class(dataset, fraction, seed):
 
 def subset(dataset, indices):
     """A data set of the images with these indices, an array. Its `labels` may be replaced."""
-    if not in_memory(dataset) and not isinstance(dataset, FolderDataset):
+    if in_memory(dataset):
+        images, labels = dataset.images[indices], dataset.labels[indices]
+        return ArrayDataset(images, labels, dataset.classes, images.device, mean_std_of(dataset))
+    if not isinstance(dataset, FolderDataset):
         return Part(dataset, indices)
     part = copy.copy(dataset)
-    for name in {"images", "names", "labels"} & vars(dataset).keys():
-        setattr(part, name, getattr(dataset, name)[indices])
+    part.names, part.labels = dataset.names[indices], dataset.labels[indices]
     return part
 
 
@@ -353,7 +358,7 @@ def describe_content(dataset):
                 (image, label), (again, _) = dataset[index], dataset[index]
                 if not torch.equal(image := to_rgb(image), to_rgb(again)):
                     say("warning: images differ when they are read again: a run cannot be repeated or resumed exactly")
-                    return size
+                    break
                 digest.update(str(label).encode() + image.contiguous().numpy().tobytes())
         except Exception as error:  # as many types as there are ways to be unreadable
             digest.update(type(error).__name__.encode())
@@ -647,7 +652,19 @@ class Loader:
 
 def mean_std_of(dataset):
     """Mean and standard deviation of the channels that a data set is normalised with: ImageNet's, or its own."""
-    return getattr(dataset, "mean_std", IMAGENET_MEAN_STD)
+    numbers = getattr(dataset, "mean_std", IMAGENET_MEAN_STD)
+    try:
+        return parse_mean_std(numbers)
+    except (ValueError, TypeError):
+        raise UserError(f"`mean_std` of a data set is {numbers}, and not means and deviations in [0, 1]") from None
+
+
+def parse_mean_std(numbers):
+    """((red, green, blue) means, the same of deviations), of two or six numbers for images in [0, 1], or ValueError."""
+    mean, std = np.broadcast_to(np.array(numbers, float).reshape(2, -1), (2, 3)).tolist()
+    if not np.isfinite([mean, std]).all() or min(std) <= 0 or min(mean) < 0 or max(mean) > 1:
+        raise ValueError
+    return tuple(mean), tuple(std)
 
 
 class TrainingBatches:
@@ -702,12 +719,15 @@ def load_batch(dataset, indices, views, random_params, seeds=None):
         for attempt in range(10 if seeds else 1):
             if attempt:
                 index = np.random.default_rng([*seeds, index, attempt]).integers(len(dataset))
-            name = dataset.path(index) if isinstance(dataset, FolderDataset) else f"number {index}"
+            number = dataset.indices[index] if isinstance(dataset, Part) else index
+            name = dataset.path(index) if isinstance(dataset, FolderDataset) else f"number {number}"
             try:
                 image, label = dataset[int(index)]
                 for rows, view, params in zip(crops, views, random_params, strict=True):
                     rows[row] = view.crop(to_rgb(image), params[row : row + 1])
                 labels[row] = -1 if label is None else int(label)
+                if labels[row] < 0 and not seeds:
+                    raise ValueError(f"label {label}")
                 break
             except Exception as error:  # decoders raise many types for broken files
                 unreadable[name] = str(error).partition("\n")[0] or type(error).__name__
@@ -971,7 +991,7 @@ def build_backbone(arch, image_size=224, init=None):
     if init:
         start, _, _, about = load_backbone(init, arch, image_size)
         load_strict(network, start.state_dict(), f"{init} as {arch}")
-        say(f"starting from the backbone of {about['description']}")
+        say(f"starting from the backbone of {about['description']}; from now on normalised as those of --data")
     network.image_size = image_size
     return network
 
@@ -1062,7 +1082,7 @@ FILE_FORMATS = (
     FileFormat("SwAV, DeepCluster-v2, SeLa-v2", r"projection_head\.(\d|weight)", "", "projection_head.", "prototypes."),
     FileFormat("MoCo v3", r"base_encoder\.(fc|head)\.", "base_encoder.", "base_encoder.(fc|head)."),
     FileFormat("DINO, iBOT, DINOv2", r"(dino_)?head\.mlp\.", "backbone.", "(dino_)?head.mlp.", activation=nn.GELU),
-    FileFormat("SimCLR, SimSiam", r"fc\.0\.", "", "fc."),
+    FileFormat("SimCLR, SimSiam", r"(backbone|encoder)\.fc\.0\.", "(backbone|encoder).", "(backbone|encoder).fc."),
     FileFormat("bare and labelled networks of torchvision, timm, Hugging Face, CRD, SSKD, or a backbone.pth", "", ""),
 )  # fmt: skip
 # What wraps a state dict, the best first: averaged weights, and of DINO's two networks the teacher
@@ -1215,15 +1235,10 @@ def load_backbone(path, arch, image_size=None, mean_std=None):
     checkpoint = load_file(file) if file else torchvision_weights(arch)
     file_format, table, parts, source = split_state(path, checkpoint)
     state, head, classifier = parts["backbone"], parts["head"], parts["classifier"]
-    beside = {}
-    for name in ("config.json", "preprocessor_config.json"):  # of our runs, timm and Hugging Face
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            content = json.loads(Path(file).with_name(name).read_text(encoding="utf-8-sig"))
-            for part in (content, *map(content.get, CONFIG_PARTS)):
-                beside |= part if isinstance(part, dict) else {}
+    beside = settings_beside(file)
     beside |= {key: checkpoint[key] for key in ("image_size", "mean_std", "arch") if key in checkpoint}
     for key in table.config.keys() & beside.keys():
-        if not re.fullmatch(table.config[key], str(beside[key])):
+        if beside[key] is not None and not re.fullmatch(table.config[key], str(beside[key])):
             raise UserError(f"{path} is of {key} {beside[key]}, which is not known here: {EXPORT}")
     if not arch and checkpoint.get("arch") in NETWORK_NAMES:
         arch = checkpoint["arch"]
@@ -1253,6 +1268,17 @@ def load_backbone(path, arch, image_size=None, mean_std=None):
     return backbone, build_head(path, head, file_format.activation), classifier, about
 
 
+def settings_beside(file):
+    """Values of config.json and preprocessor_config.json beside a file, of our runs, timm or Hugging Face, a dict."""
+    found = {}
+    for name in ("config.json", "preprocessor_config.json"):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            content = json.loads(Path(file).with_name(name).read_text(encoding="utf-8-sig"))
+            for part in (content, *map(content.get, CONFIG_PARTS)):
+                found |= part if isinstance(part, dict) else {}
+    return found
+
+
 def describe(path, what, backbone, beside, given=None, usual=IMAGENET_MEAN_STD):
     """{"mean_std", "description"} of an Encoder: what its images are normalised with, and a line about what was read.
 
@@ -1262,16 +1288,14 @@ def describe(path, what, backbone, beside, given=None, usual=IMAGENET_MEAN_STD):
     plain = ((0.0,) * 3, (1.0,) * 3) if beside.get("do_normalize") is False else None
     numbers = next(x for x in (given, beside.get("mean_std"), plain, *pairs, usual) if x and None not in x)
     try:
-        mean, std = np.broadcast_to(np.array(numbers, float).reshape(2, -1), (2, 3)).tolist()
-        if not 0 < min(std) <= max(std) < math.inf or not 0 <= min(mean) <= max(mean) <= 1:
-            raise ValueError
+        mean, std = parse_mean_std(numbers)
     except (ValueError, TypeError):
         raise UserError(f"{path}: {numbers} cannot normalise images in [0, 1]: pass --teacher-mean-std with the means "
                         "of red, green and blue and the deviations, or one of each") from None  # fmt: skip
     origin = "--teacher-mean-std" if given else "assumed" if numbers is usual else "read"
     digits = " / ".join(" ".join(f"{value:.4g}" for value in values) for values in (mean, std))
     line = f"{path}: {what}, features of {backbone.feature_dim}, images normalised by {digits} ({origin})"
-    return {"mean_std": (tuple(mean), tuple(std)), "description": line}
+    return {"mean_std": (mean, std), "description": line}
 
 
 def torchvision_weights(arch):
@@ -1291,7 +1315,7 @@ def split_state(path, checkpoint):
 
     def holds_weights(part):
         kinds = part.items() if isinstance(part, dict) else ()
-        return any(isinstance(x, torch.Tensor) or (name in WRAPPERS and holds_weights(x)) for name, x in kinds)
+        return any(getattr(x, "ndim", 0) > 0 or (name in WRAPPERS and holds_weights(x)) for name, x in kinds)
 
     while wrapper := next((name for name in WRAPPERS if holds_weights(state.get(name))), None):
         state = state[wrapper]
@@ -1380,8 +1404,10 @@ def build_transformer(path, state, beside, image_size=None, moco_v3=False):
         known = beside.get("num_attention_heads") or beside.get("num_heads")
         if beside.get("hidden_size") not in (None, width):
             raise UserError(f"{path} has {width} dimensions, config.json beside it {beside['hidden_size']}: move one")
-        heads = known or {1280: 16, 1408: 16, 1664: 16, 384: 12 if moco_v3 else 6}.get(width, max(1, width // 64))
-        if width % heads:
+        heads = int(known or 0) or {1280: 16, 1408: 16, 1664: 16, 384: 12 if moco_v3 else 6}.get(
+            width, max(1, width // 64)
+        )
+        if heads < 1 or width % heads:
             raise ValueError(f"{heads} heads of {width} dimensions")
     except (KeyError, ValueError, RuntimeError, TypeError) as error:
         raise UserError(f"{path} is unlike torchvision's VisionTransformer in {error}, as with SwiGLU, a convolutional "
@@ -1406,7 +1432,7 @@ def build_transformer(path, state, beside, image_size=None, moco_v3=False):
     state["class_token"] = torch.cat([state["class_token"], registers], dim=1)
 
     depth = sum(key.endswith(".ln_1.weight") for key in state)
-    norm = partial(nn.LayerNorm, eps=beside.get("layer_norm_eps", 1e-12 if vit else 1e-6))
+    norm = partial(nn.LayerNorm, eps=float(beside.get("layer_norm_eps") or (1e-12 if vit else 1e-6)))
     with torch.device("meta"):
         size = size * patch
         network = torchvision.models.VisionTransformer(size, patch, depth, heads, width, hidden, norm_layer=norm)
@@ -1514,12 +1540,12 @@ def extract_features(encoder, dataset, image_size, batch_size, workers, device):
     """Features of the centre crops of this process's share of the images, and the labels of all images.
 
     Returns features (share, feature_dim) and labels (world_size * share,): rank r has the features of images r * share
-    to (r + 1) * share - 1. Images that cannot be read have the label -1. All use rank 0's BatchNorm statistics.
+    to (r + 1) * share - 1. Images that cannot be read have the label -1. All use the weights of rank 0.
     batch_size: over all processes. Raises UserError if no image can be read.
     """
     if world_size() > 1:
-        for buffer in encoder.buffers():
-            dist.broadcast(buffer, 0)
+        for values in (*encoder.parameters(), *encoder.buffers()):  # another machine's file may be another
+            dist.broadcast(values, 0)
     share = -(-len(dataset) // world_size())
     numbers = range(len(dataset))[rank() * share :][:share]
     batches = BatchSampler(numbers, max(1, batch_size // world_size()), drop_last=False)
@@ -1537,8 +1563,10 @@ def extract_features(encoder, dataset, image_size, batch_size, workers, device):
     if (labels < 0).all():
         name, reason = min(UNREADABLE.items(), default=("", ""))
         raise UserError(f"none of {len(dataset)} images can be read, for one {name} ({reason})")
-    if (labels >= len(dataset.classes)).any():
+    if (labels >= len(dataset.classes)).any() or (in_memory(dataset) and (dataset.labels < 0).any()):
         raise UserError(f"a label is {labels.max()}: those of {len(dataset.classes)} classes begin at 0")
+    if not features.isfinite().all():
+        raise UserError("features are not finite: use --amp off, or another file of weights")
     return features, labels
 
 
@@ -1637,12 +1665,17 @@ def atomic_write(path, write):
 
 
 def describe_files(names):
-    """Hashes of the files that an argument names, a list; a word that names none, as torchvision, stays as it is."""
+    """Hashes of the files that an argument names, with what files beside them say, a list; a word that names none, as
+    torchvision, stays as it is."""
     hashes = []
     for name in [names] if isinstance(names, str) else names or ():
-        files = [Path(weights_file(name)), *sorted(Path(name).glob("*.json"))]
-        content = hashlib.sha256(b"".join(file.read_bytes() for file in files if file.is_file())).hexdigest()
-        hashes.append(content[:16] if files[0].is_file() else name)
+        file = Path(weights_file(name))
+        if file.is_file():
+            settings = settings_beside(file)  # of a run, the checkpoint and the arguments hold what counts
+            settings = {} if "script" in settings else settings
+            content = file.read_bytes() + json.dumps(settings, sort_keys=True).encode()
+            name = hashlib.sha256(content).hexdigest()[:16]
+        hashes.append(name)
     return hashes
 
 
@@ -2007,7 +2040,9 @@ KNOWN_ERRORS = {  # a pattern of a library's message: the cause and the way out
     "files (ulimit -n) or room in /dev/shm (docker run --shm-size): lower --workers or --batch-size",
     r"Too many open files|items of ancdata": "too many open files: raise `ulimit -n`, or lower --workers",
     r"Expected more than 1 value per channel": "BatchNorm needs more than one image per process: raise --batch-size",
-    r"out of memory|can't allocate memory": "out of memory: lower --batch-size, --image-size or --queue-size",
+    r"Target -?\d+ is out of bounds": "a label is out of range: those of C classes are 0 to C - 1",
+    r"out of memory|can't allocate memory|Unable to allocate": "out of memory: lower --batch-size, --image-size or "
+    "--queue-size",
     r"No working C\+\+ compiler|Failed to find C compiler": "no C++ compiler: install one, or leave out --compile",
 }
 

@@ -130,7 +130,7 @@ def cosine_lr(lr, epoch, epochs):
 
 def main():
     args = parse_args()
-    if args.queue_size < args.batch_size:
+    if args.queue_size < args.batch_size and not args.no_contrastive:
         raise common.UserError(f"--queue-size {args.queue_size} is smaller than --batch-size {args.batch_size}")
     device = common.init_device(args.seed)
     size = args.image_size or common.default_image_size(args.data)

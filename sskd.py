@@ -239,9 +239,10 @@ def main():
     train, val = common.load_labelled(args.data, args.data_root, device, size)
     train = common.subsample_per_class(train, args.label_fraction, args.seed)
     if args.label_noise:
-        labels = noisy_labels(common.labels_of(train), len(train.classes), args.label_noise, args.seed)
+        if len(train.classes) < 2:
+            raise common.UserError("--label-noise needs two classes")
         train = common.subset(train, np.arange(len(train)))
-        train.labels = labels
+        train.labels = noisy_labels(common.labels_of(train), len(train.classes), args.label_noise, args.seed)
 
     student, teacher = build_classifier(args.student, len(train.classes), size, args.init), None
     networks = [student]

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
+from conftest import on_processes
 
 import common
 
@@ -71,3 +73,26 @@ def test_knn_counts_votes_as_written_out(name, temperature, monkeypatch):
         monkeypatch.setattr(common, "KNN_BLOCKS", blocks)
         ours = common.knn_accuracy((train, train_labels), (query, labels), [1, 7, 50], 5, 0.07)[name]
         assert ours == pytest.approx({k: 100 * n / 29 for k, n in right.items()})
+
+
+def features_of_own_weights(rank_has_others):
+    """Features by a network that every process has made itself, as from files of its own."""
+    torch.manual_seed(common.rank() if rank_has_others else 0)
+    encoder = common.Encoder(common.build_backbone("resnet8", 16), nn.Identity())
+    dataset = common.ArrayDataset(*common.draw_shapes(20, 16, 0), range(10), CPU)
+    return common.gather(common.extract_features(encoder, dataset, 16, 10, 0, CPU)[0])
+
+
+def test_all_processes_use_the_weights_of_one(tmp_path):
+    """On a machine that does not share the folder, the file of that name may be another."""
+    same, other = (on_processes(2, features_of_own_weights, tmp_path, others)[0] for others in (False, True))
+    assert torch.equal(same, other)
+
+
+def test_features_that_are_not_finite_are_refused():
+    """All their neighbours would be the first images, and the accuracy that of chance."""
+    encoder = common.Encoder(common.build_backbone("resnet8", 16), nn.Identity())
+    encoder.backbone.conv1.weight.data.fill_(torch.inf)
+    dataset = common.ArrayDataset(*common.draw_shapes(20, 16, 0), range(10), CPU)
+    with pytest.raises(common.UserError, match="features are not finite"):
+        common.extract_features(encoder, dataset, 16, 10, 0, CPU)

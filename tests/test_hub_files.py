@@ -201,6 +201,12 @@ CONFIGS = {
         lambda network: network.encoder.layers[0].num_heads,
         6,
     ),
+    "heads as a fraction": (
+        "hf_vit_google",
+        {"num_attention_heads": 6.0, "global_pool": None},
+        lambda network: network.encoder.layers[0].num_heads,
+        6,
+    ),
     "epsilon": ("hf_vit_google", {"layer_norm_eps": 1e-3}, lambda network: network.encoder.ln.eps, 1e-3),
     "epsilon of ViT": ("hf_vit_google", {}, lambda network: network.encoder.layers[0].ln_1.eps, 1e-12),
     "epsilon of MSN": ("hf_vit_google", {"model_type": "vit_msn"}, lambda network: network.encoder.ln.eps, 1e-6),
@@ -229,6 +235,7 @@ REFUSED_CONFIGS = {
     "timm's blur": ("hf_resnet50", {"architecture": "resnetblur50"}, ["architecture resnetblur50", ".pt2"]),
     "another network's": ("hf_resnet50", {"architecture": "vit_base_patch16_224"}, ["architecture vit_base", ".pt2"]),
     "another width": ("hf_vit_google", {"hidden_size": 768}, ["192 dimensions", "768"]),
+    "no number": ("hf_vit_google", {"image_mean": [0.5, float("nan"), 0.5]}, ["nan", "--teacher-mean-std"]),
     "numbers of bytes": ("hf_vit_google", {"image_mean": [123.0] * 3, "image_std": [58.0] * 3}, ["in [0, 1]"]),
     "heads that do not divide": ("hf_vit_google", {"num_attention_heads": 5}, ["5 heads of 192", ".pt2"]),
     "no deviation": ("hf_vit_google", {"image_std": [0.5, 0.5, 0]}, ["hub: ", "--teacher-mean-std"]),
@@ -437,6 +444,7 @@ def wrapped(bare, full):
         "numpy's numbers": ({"model": full, "acc": np.float64(93.1), "epoch": np.int64(3)}, "of model,"),
         "FSDP": ({key.replace("1.0.", "1.0._fsdp_wrapped_module."): full[key] for key in full}, "resnet18, no head"),
         "an average that holds no weights": ({"model": full, "ema": {"decay": 0.9, "shadow": [1]}}, "of model,"),
+        "a tensor of no dimensions": ({"model": full, "ema": {"decay": torch.tensor(0.9)}}, "of model,"),
         "a name of a teacher": ({"model": full, "teacher": {"name": "dino"}}, "of model,"),
         "MSN's authors": ({"encoder": zeros(bare), "target_encoder": bare, "opt": {}}, "of target_encoder,"),
         "VISSL": (
@@ -686,6 +694,10 @@ def test_other_numbers_beside_the_teacher_are_another_run(name, folders, tmp_pat
     line = LINE.replace("cifar10", "shapes:32") + f" --queue-size 32 --teacher {tmp_path}/teacher/{name}"
     run(f"disco.py {line} --out {tmp_path}/run")
     (tmp_path / "teacher" / "preprocessor_config.json").write_text('{"image_mean": [0, 0, 0], "image_std": [1, 1, 1]}')
+    assert "another run (teacher" in refused(f"disco.py {line} --out {tmp_path}/run", capfd)
+    shutil.copy(folders["hf_vit_google"] / "preprocessor_config.json", tmp_path / "teacher")
+    config = tmp_path / "teacher" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"layer_norm_eps": 0.1}))  # or the number of heads
     assert "another run (teacher" in refused(f"disco.py {line} --out {tmp_path}/run", capfd)
 
 

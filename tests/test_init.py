@@ -21,7 +21,8 @@ def test_every_method_starts_from_a_file(script, teacher_file, tmp_path, capfd):
     """The backbone alone; nearly no training follows. The file's name may change later, not its content."""
     line = LINES[script].format(file=teacher_file) + f" --out {tmp_path}/run"
     run(f"{line} --init {teacher_file}")
-    assert f"starting from the backbone of {teacher_file}: resnet8" in capfd.readouterr().err
+    errors = capfd.readouterr().err
+    assert f"starting from the backbone of {teacher_file}: resnet8" in errors and "as those of --data" in errors
     state = torch.load(tmp_path / "run" / "backbone.pth", weights_only=True)
     start = common.load_teacher(teacher_file).backbone.state_dict()
     names = [name for name in start if name.endswith("weight")]

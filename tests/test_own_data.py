@@ -104,6 +104,16 @@ def test_classes_in_another_order_are_refused(monkeypatch):
         common.load_labelled("own", None, torch.device("cpu"))
 
 
+def test_training_and_validation_images_are_normalised_alike(monkeypatch):
+    """A network is given images in one way; one or three values mean the same."""
+    numbers = {"train": ((0.5,), (0.25,)), "val": ([0.5] * 3, [0.25] * 3)}
+    monkeypatch.setattr(common, "load_dataset", lambda data, root, split, *_: Levels(LABELS, mean_std=numbers[split]))
+    assert common.mean_std_of(common.load_labelled("own", None, CPU)[0]) == ((0.5,) * 3, (0.25,) * 3)
+    numbers["val"] = common.IMAGENET_MEAN_STD
+    with pytest.raises(common.UserError, match="differ in `mean_std`"):
+        common.load_labelled("own", None, CPU)
+
+
 def test_labels_are_those_that_a_target_transform_gives():
     dataset = torchvision.datasets.FakeData(6, (3, 8, 8), 2, target_transform=lambda label: 1 - label)
     dataset.targets = [int(torchvision.datasets.FakeData(6, (3, 8, 8), 2)[i][1]) for i in range(6)]
@@ -176,6 +186,10 @@ def test_a_part_keeps_normalisation_and_the_place_in_memory():
     assert common.in_memory(part) and len(part.images) == 6 and common.mean_std_of(part) == mean_std
     assert batch_of(dataset)[1].dtype == torch.long  # as cross_entropy needs them
     assert not common.in_memory(Levels(LABELS, images=images / 255, labels=torch.tensor(LABELS)))
+    buffers = type("Buffers", (torch.nn.Module,), {"__len__": lambda self: 12, "classes": ["ant", "bee", "cow"]})()
+    buffers.register_buffer("images", images)
+    buffers.register_buffer("labels", torch.tensor(LABELS))
+    assert len(common.subsample_per_class(buffers, 0.5, seed=0)) == 6
 
 
 def test_labels_belong_to_the_identity():
@@ -190,7 +204,8 @@ def test_images_that_differ_each_time_are_said_and_can_be_resumed(capfd):
             return torch.randint(256, (3, 8, 8), dtype=torch.uint8), 0
 
     common.say.cache_clear()
-    assert common.describe_content(Noise(LABELS)) == common.describe_content(Noise(LABELS)) == "12 images of 3 classes"
+    assert common.describe_content(Noise(LABELS)) == common.describe_content(Noise(LABELS))
+    assert common.describe_content(Noise(LABELS, labels=[1])) != common.describe_content(Noise(LABELS, labels=[2]))
     assert "images differ when they are read again" in capfd.readouterr().err
 
 
@@ -198,6 +213,9 @@ def test_images_that_differ_each_time_are_said_and_can_be_resumed(capfd):
     "dataset, message",
     [
         (Levels([1, 2, 3] * 4), "a label is 3: those of 3 classes begin at 0"),
+        (Levels(LABELS, label=None), "none of 12 images can be read, for one number 0 (label None)"),
+        (Levels(LABELS, mean_std=((123, 116, 103), (58, 57, 57))), "`mean_std` of a data set is ((123"),
+        (Levels(LABELS, mean_std=None), "`mean_std` of a data set is None"),
         (Levels(LABELS), "Levels has no `classes`"),
     ],
 )

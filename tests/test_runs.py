@@ -593,6 +593,8 @@ def test_one_image_for_each_process_is_too_few_for_batchnorm(tmp_path, capfd):
     (RuntimeError("unable to open shared memory object: Too many open files (24)"), "ulimit -n"),
     (RuntimeError("received 0 items of ancdata"), "ulimit -n"),
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."), "lower --batch-size"),
+    (MemoryError("Unable to allocate 157. TiB for an array"), "lower --batch-size"),
+    (IndexError("Target -1 is out of bounds."), "a label is out of range"),
     (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "lower --batch-size"),
     (RuntimeError("InvalidCxxCompiler: No working C++ compiler found in torch._inductor"), "leave out --compile"),
     (RuntimeError("Failed to find C compiler. Please specify via CC environment variable"), "leave out --compile"),
