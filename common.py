@@ -1554,10 +1554,11 @@ def extract_features(encoder, dataset, image_size, batch_size, workers, device):
     labels = torch.full((share,), -1, device=device)
     training = encoder.training
     encoder.eval()
-    start = 0
+    start, finite = 0, torch.tensor(True, device=device)
     for (images,), targets in to_device(loader, device):
         own = slice(start, start := start + len(targets))
         features[own], labels[own] = encoder.features(normalize(images, mean_std_of(dataset))), targets
+        finite &= features[own].isfinite().all()
     encoder.train(training)
     labels = gather(labels)
     if (labels < 0).all():
@@ -1565,7 +1566,7 @@ def extract_features(encoder, dataset, image_size, batch_size, workers, device):
         raise UserError(f"none of {len(dataset)} images can be read, for one {name} ({reason})")
     if (labels >= len(dataset.classes)).any() or (in_memory(dataset) and (dataset.labels < 0).any()):
         raise UserError(f"a label is {labels.max()}: those of {len(dataset.classes)} classes begin at 0")
-    if not features.isfinite().all():
+    if not finite:
         raise UserError("features are not finite: use --amp off, or another file of weights")
     return features, labels
 
