@@ -143,8 +143,7 @@ def main():
     options = size, args.batch_size, args.workers, device
     protocol = "finetune" if args.finetune else "linear"
     path = run.folder / "eval.json"
-    contents = common.broadcast(run.identity and dict(zip(args.weights, run.identity["weights"], strict=True)))
-    results = common.broadcast(load_results(path, args, contents) if common.rank() == 0 and path.exists() else {})
+    results = common.broadcast(load_results(path, args) if common.rank() == 0 and path.exists() else {})
     for number, (name, encoder) in enumerate(encoders.items(), start=1):
         if name in results:
             continue
@@ -162,7 +161,6 @@ def main():
         results[name] = {
             "parameters": sum(p.numel() for p in encoder.backbone.parameters()),
             "feature_dim": encoder.backbone.feature_dim,
-            "content": contents[name],
             "max_steps": args.max_steps,
             **votes,
             protocol: train_classifiers(run, (number, name), encoder, batches, val, val_features, options),
@@ -173,15 +171,13 @@ def main():
         print_table(results, protocol)
 
 
-def load_results(path, args, contents):
-    """What eval.json holds of weights of the same content and as many steps, by today's names: files may have moved."""
-    found = {}
+def load_results(path, args):
+    """What eval.json holds of as many steps, by today's names: the files may have moved since, not changed."""
     try:
-        for result in json.loads(path.read_text()).values():
-            for name, content in contents.items():
-                if (result.get("content"), result.get("max_steps")) == (content, args.max_steps):
-                    found[name] = result
-        return found
+        results = json.loads(path.read_text())
+        if not results.keys() <= set(args.weights):
+            results = dict(zip(args.weights, results.values(), strict=False))
+        return {name: result for name, result in results.items() if result.get("max_steps") == args.max_steps}
     except (OSError, ValueError, AttributeError) as error:
         raise common.UserError(f"{path} is damaged ({error}): pass another --out") from None
 
