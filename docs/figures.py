@@ -44,8 +44,9 @@ TABLES = {
         "moco_v2": "MoCo v2 alone", "moco_v2_lr0.03": "MoCo v2 alone", "moco_v2_lr0.1": "MoCo v2 alone",
         "moco_v2_lr0.3": "MoCo v2 alone",
     }),
-    "fashion_long": ("fashion_long", [*KNN, "linear", *FEW[:3]], {
-        "teacher": FASHION["teacher"], "seed": "SEED", "pixels": "raw pixels",
+    "fashion_long": ("fashion_long", ["20-NN", "linear", *GAP, *FEW[1:]], {
+        "teacher": FASHION["teacher"], "seed": "SEED", "moco_v2": "MoCo v2 alone, learning rate 0.01",
+        "moco_v2_lr0.03": "0.03", "pixels": "raw pixels",
     }),
     "fashion_resnet8": ("fashion_resnet8", ["parameters", *KNN, "linear", *GAP], FASHION_RESNET8),
     "fashion_resnet8_few": ("fashion_resnet8", FEW, FASHION_RESNET8),
