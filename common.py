@@ -1125,11 +1125,11 @@ CONVNEXT = KeyTable(r"stages\.0\.blocks\.0\.conv_dw\.weight|embeddings\.patch_em
     (r"^(head\.norm|norm3?|layernorm|layer_norm)\.", "classifier.0."),
     (r"^(head\.fc|head|classifier)\.(weight|bias)$", r"classifier.2.\2"),
 ))  # fmt: skip
-TIMM = {"act_layer": "relu", "global_pool": "avg", "output_stride": "32", **dict.fromkeys(
-    ("architecture", "arch"), "(?!resnet(aa|blur)|vit|deit).*")}  # fmt: skip
+CONVOLUTIONAL = {"act_layer": "relu", "global_pool": "avg", "output_stride": "32",
+                 **dict.fromkeys(("architecture", "arch"), "(?!resnet(aa|blur)|vit|deit).*")}  # fmt: skip
 RESNET = KeyTable(  # Hugging Face; layers by number; those with shortcuts are of kuangliu's, CRD's ResNet50 among them
     r"embedder\.embedder\.convolution\.weight|7\.0\.conv1\.weight|layer2\.0\.shortcut\.0\.weight",
-    {**TIMM, "hidden_act": "relu", "downsample_in_bottleneck": "False", "downsample_in_first_stage": "False"}, (
+    {**CONVOLUTIONAL, "hidden_act": "relu", "downsample_in_bottleneck": "False", "downsample_in_first_stage": "False"}, (
     (r"^(0|embedder\.embedder\.convolution)\.", "conv1."), (r"^(1|embedder\.embedder\.normalization)\.", "bn1."),
     (r"^([4-7])\.", lambda m: f"layer{int(m[1]) - 3}."),
     (r"^encoder\.stages\.(\d)\.layers\.", lambda m: f"layer{int(m[1]) + 1}."),
@@ -1137,7 +1137,7 @@ RESNET = KeyTable(  # Hugging Face; layers by number; those with shortcuts are o
     (r"\.shortcut\.(0|convolution)\.", ".downsample.0."), (r"\.shortcut\.(1|normalization)\.", ".downsample.1."),
     (r"^linear\.", "fc."),
 ))  # fmt: skip
-PLAIN = KeyTable(r"(conv1|features|stem|block0)(\.conv0|\.0)*\.weight", TIMM, (
+PLAIN = KeyTable(r"(conv1|features|stem|block0)(\.conv0|\.0)*\.weight", CONVOLUTIONAL, (
     (r"(denselayer\d+\.(?:norm|conv))\.(?=\d\.)", r"\1"), (r"^fc\.1\.", "fc."),  # old files; behind a dropout
 ))  # fmt: skip
 KEY_TABLES = TRANSFORMER, CONVNEXT, RESNET, PLAIN
@@ -1666,16 +1666,16 @@ def atomic_write(path, write):
 
 
 def describe_files(names):
-    """Hashes of the files that an argument names, with what files beside them say, a list; a word that names none, as
-    torchvision, stays as it is."""
+    """Hashes of the files that an argument names and of what is said beside them, a list; other words stay."""
     hashes = []
     for name in [names] if isinstance(names, str) else names or ():
         file = Path(weights_file(name))
         if file.is_file():
             settings = settings_beside(file)  # of a run, the checkpoint and the arguments hold what counts
             settings = {} if "script" in settings else settings
-            content = file.read_bytes() + json.dumps(settings, sort_keys=True).encode()
-            name = hashlib.sha256(content).hexdigest()[:16]
+            digest = hashlib.sha256(file.read_bytes())
+            digest.update(json.dumps(settings, sort_keys=True).encode())
+            name = digest.hexdigest()[:16]
         hashes.append(name)
     return hashes
 
