@@ -1129,7 +1129,8 @@ CONVOLUTIONAL = {"act_layer": "relu", "global_pool": "avg", "output_stride": "32
                  **dict.fromkeys(("architecture", "arch"), "(?!resnet(aa|blur)|vit|deit).*")}  # fmt: skip
 RESNET = KeyTable(  # Hugging Face; layers by number; those with shortcuts are of kuangliu's, CRD's ResNet50 among them
     r"embedder\.embedder\.convolution\.weight|7\.0\.conv1\.weight|layer2\.0\.shortcut\.0\.weight",
-    {**CONVOLUTIONAL, "hidden_act": "relu", "downsample_in_bottleneck": "False", "downsample_in_first_stage": "False"}, (
+    {**CONVOLUTIONAL, "hidden_act": "relu",
+     **dict.fromkeys(("downsample_in_bottleneck", "downsample_in_first_stage"), "False")}, (
     (r"^(0|embedder\.embedder\.convolution)\.", "conv1."), (r"^(1|embedder\.embedder\.normalization)\.", "bn1."),
     (r"^([4-7])\.", lambda m: f"layer{int(m[1]) - 3}."),
     (r"^encoder\.stages\.(\d)\.layers\.", lambda m: f"layer{int(m[1]) + 1}."),
