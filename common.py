@@ -223,13 +223,11 @@ def load_dataset(data, data_root, split, device, image_size=32):
     if split != "pretrain":
         return FolderDataset(folder / split)
     # Without labels, images may lie anywhere: below train/, or where there is none, below the folder itself
-    names = broadcast(sorted(os.listdir(folder)) if rank() == 0 and folder.is_dir() else ["train"])
+    names = broadcast(sorted(next(os.walk(folder))[1]) if rank() == 0 and folder.is_dir() else ["train"])
+    names = [name for name in names if not name.startswith(HIDDEN)]
     splits = [name for name in names if re.match(r"(train|val|valid|validation|test)([^a-z]|$)", name, re.IGNORECASE)]
     if "train" in names:
-        others = [
-            name for name in names if name not in splits and not name.startswith(HIDDEN) and (folder / name).is_dir()
-        ]
-        if others:
+        if others := [name for name in names if name not in splits]:
             say(f"{folder}: images below train/ alone are used, and not those below {others[0]}/")
         return FolderDataset(folder / "train", labelled=False)
     if splits:

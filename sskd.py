@@ -289,6 +289,8 @@ def main():
     if model.teacher and run.step == 0:
         report_teacher(run, top1(teacher), train.classes)
     train_teacher_head(run, model, loader, optimizer, scaler, head_epochs)
+    if run.step < head_epochs * len(loader):
+        return common.say("--max-steps ends the run before the student's first step")
     train_student(run, model, loader, optimizer, scaler, head_epochs, lambda: {"top1": top1(student)})
     run.finish(student.plain())
     if common.rank() == 0:

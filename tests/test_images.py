@@ -79,6 +79,7 @@ def test_without_labels_images_may_lie_anywhere(tmp_path, image_folder, capfd):
     (flat / "a" / "b").mkdir(parents=True)
     for i, place in enumerate(["", "a", "a/b", "a/b"] * 2):
         shutil.copy(image_folder / "train" / "ant" / "0.jpg", flat / place / f"{i}.jpg")
+    (flat / "test.txt").write_text("a list, and no split")
     dataset = common.load_dataset(str(flat), None, "pretrain", CPU)
     assert len(dataset) == 8 and dataset.classes == []
     run(f"{MOCO} --data {flat} --out {tmp_path}/flat_run")

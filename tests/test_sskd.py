@@ -269,6 +269,8 @@ def test_three_stages_go_on_with_the_same_bits_and_give_a_plain_network(tmp_path
         parts = capsys.readouterr().out
         checkpoint = torch.load(tmp_path / "parts" / "checkpoint.pth", weights_only=True)
         assert checkpoint["step"] == stop
+        # No accuracy of a student that has not begun
+        assert (tmp_path / "parts" / "backbone.pth").exists() == ("validation images" in parts) == (stop >= 6)
         models[stop] = checkpoint["model"]
     assert whole.splitlines()[-1] == parts.splitlines()[-1] and "validation images" in whole
     first, second = (torch.load(tmp_path / f / "checkpoint.pth", weights_only=True) for f in ("whole", "parts"))
