@@ -436,3 +436,29 @@ def test_small_sets_come_out_as_one_tensor(tmp_path, monkeypatch):
     assert (dataset.images[0, 0] == dataset.images[0, 2]).all()  # grey, from Fashion-MNIST
     cifar = common.load_dataset("cifar10", tmp_path, "train", CPU).images
     assert (cifar.permute(0, 2, 3, 1).numpy() == hwc).all()
+
+
+def test_a_turned_tiff_with_transparency_is_read(tmp_path):
+    """Its size is another before Pillow loads it than after that."""
+    Image.new("RGBA", (40, 20), (255, 0, 0, 255)).save(tmp_path / "turned.tif", tiffinfo={274: 6})
+    image = common.read_image(tmp_path / "turned.tif")
+    assert sorted(image.shape) == [3, 20, 40] and image.float().mean(dim=(1, 2)).tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize("name", ["@__thumb", "@Recycle", "#recycle", "#snapshot", "~snapshot", "$Recycle.Bin"])
+def test_folders_of_file_servers_are_no_classes(name, folder):
+    shutil.copytree(folder / "train" / "ant", folder / "train" / name)
+    shutil.copytree(folder / "train" / "ant", folder / "train" / "bee" / name)
+    common.list_folder.cache_clear()
+    found = common.FolderDataset(folder / "train")
+    assert found.classes == ["ant", "bee"] and len(found) == 16
+
+
+def test_a_damaged_file_of_a_small_set_is_one_line(tmp_path, capfd):
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for split in ("train", "t10k"):
+        for kind in ("images-idx3", "labels-idx1"):
+            (raw / f"{split}-{kind}-ubyte").write_bytes(b"")
+    line = f"moco_v2.py --data fashion_mnist --data-root {tmp_path} --arch resnet8 --out {tmp_path}/run"
+    assert "cannot open fashion_mnist" in refused(line, capfd)

@@ -394,3 +394,12 @@ def test_images_come_at_the_networks_size(tmp_path, teacher_file, monkeypatch):
         with pytest.raises(common.UserError) as error:
             linear_eval.main()
         assert str(error.value) == str(size)
+
+
+def test_a_fine_tuned_network_keeps_its_normalisation(tmp_path):
+    """Its checkpoint is a teacher, whose images are normalised as those that it was trained on."""
+    torch.save({"state_dict": common.build_backbone("resnet8", 16).state_dict(), "mean_std": [[0.5] * 3] * 2},
+               tmp_path / "weights.pth")  # fmt: skip
+    line = "linear_eval.py --data shapes:64 --image-size 16 --batch-size 16 --knn 3 --finetune --max-steps 1"
+    run(f"{line} --weights {tmp_path}/weights.pth --out {tmp_path}/run")
+    assert common.load_teacher(tmp_path / "run" / "checkpoint.pth").mean_std == ((0.5,) * 3,) * 2

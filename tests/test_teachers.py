@@ -620,3 +620,13 @@ def test_a_forks_student_loads_with_its_own_head_or_none(head, tmp_path):
                tmp_path / "checkpoint.pth")  # fmt: skip
     teacher, images = common.load_teacher(tmp_path / "checkpoint.pth"), torch.randn(2, 3, 32, 32)
     assert torch.equal(teacher(images), student(images)) and teacher.dim == student.dim
+
+
+def test_a_damaged_download_is_one_line(tmp_path, monkeypatch):
+    """The message names the folder to remove it from."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    name = torchvision.models.get_model_weights("resnet18").DEFAULT.url.rpartition("/")[2]
+    (tmp_path / "hub" / "checkpoints" / name).write_bytes(b"half")
+    with pytest.raises(common.UserError, match=f"damaged file from {tmp_path}"):
+        common.load_teacher("torchvision", "resnet18")
